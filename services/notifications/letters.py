@@ -1,0 +1,84 @@
+"""Renders mails. Nothing that a user chose can become a header or a tag."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import asdict
+from email.headerregistry import Address
+from email.message import EmailMessage
+from email.policy import SMTP
+from email.utils import localtime
+from functools import cache
+from pathlib import Path
+
+import idna
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from services.notifications.mail import MailRefusedError
+from services.notifications.schemas import NewUser
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+POLICY = SMTP.clone(cte_type="7bit")
+"""Bodies in ASCII alone: any server takes them."""
+
+LINE_BREAKING = frozenset({"Cc", "Cs", "Zl", "Zp"})
+"""Categories of characters that end a line somewhere, or are none at all."""
+
+
+def welcome(user: NewUser, message_id: str, sender: str) -> EmailMessage:
+    """Compose the mail that greets a new user.
+
+    :param message_id: of the event that told of the user; see :func:`rfc_message_id`.
+    :param sender: the address in From.
+    :raises MailRefusedError: when no mail can have the user's address.
+    """
+    words = {name: _one_line(value or "") for name, value in asdict(user).items()}
+    message = EmailMessage(policy=POLICY)
+    message["From"] = mail_address(sender)
+    message["To"] = mail_address(user.email, f"{words['first_name']} {words['last_name']}")
+    message["Subject"] = _render("welcome.subject", words).strip()
+    message["Date"] = localtime()
+    message["Message-ID"] = rfc_message_id(message_id, "welcome", sender)
+    # keeps automatic answers from coming back (RFC 3834)
+    message["Auto-Submitted"] = "auto-generated"
+    message.set_content(_render("welcome.txt", words))
+    message.add_alternative(_render("welcome.html", words), subtype="html")
+    return message
+
+
+def rfc_message_id(message_id: str, kind: str, sender: str) -> str:
+    """Return the Message-ID of a mail: the same whenever the same message asks for it."""
+    return f"<{message_id}.{kind}@{mail_address(sender).domain}>"
+
+
+def mail_address(text: str, name: str = "") -> Address:
+    """Return an address as headers and servers take it, the domain in ASCII (IDNA 2008).
+
+    :raises MailRefusedError: when its domain cannot be one.
+    """
+    user, _, domain = text.rpartition("@")
+    try:
+        plain = idna.encode(domain, uts46=True, std3_rules=True).decode("ascii").rstrip(".")
+        return Address(display_name=name, username=user, domain=plain)
+    except (idna.IDNAError, ValueError) as exc:
+        raise MailRefusedError(f"{text!r} is not an address to send to: {exc}") from exc
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+
+
+def _render(template: str, words: dict[str, str]) -> str:
+    return _environment().get_template(template).render(words)
+
+
+def _one_line(text: str) -> str:
+    kept = (" " if unicodedata.category(c) in LINE_BREAKING else c for c in text)
+    return "".join(kept).strip()

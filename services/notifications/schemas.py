@@ -1,0 +1,35 @@
+"""What comes in, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from marshmallow import EXCLUDE, ValidationError
+
+from shared.contracts.user import UserRegistered
+from shared.errors import Reject
+
+_REGISTERED = UserRegistered(unknown=EXCLUDE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewUser:
+    """Who signed up."""
+
+    email: str
+    first_name: str
+    last_name: str
+    company_name: str | None = None
+
+
+def read_new_user(payload: Any) -> NewUser:
+    """Read ``user.registered``.
+
+    :raises Reject: when it breaks its contract.
+    """
+    try:
+        fields = _REGISTERED.load(payload)
+    except ValidationError as exc:
+        raise Reject(f"the payload breaks its contract: {exc.messages}") from exc
+    return NewUser(**{name: fields.get(name) for name in NewUser.__slots__})

@@ -1,0 +1,228 @@
+"""Engines, transactions and the database's clock, below both ``store`` and ``providers``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+
+from shared.errors import StoreUnavailableError
+from shared.settings import Settings
+
+Sleep = Callable[[float], Any]
+
+LOCK_WAIT_SECONDS = 5.0
+"""How long a transaction waits for another writer of the same SQLite file."""
+
+DEADLOCK_CODES = frozenset({1205, 1213, 1020})
+"""MySQL and MariaDB: lock wait timeout, deadlock, record changed since it was read."""
+
+
+class CommitUncertainError(StoreUnavailableError):
+    """Raised when the connection broke during COMMIT, so that its fate is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """An open transaction, and the time at which the database says that it began.
+
+    :param now: naive UTC, to the millisecond.
+    """
+
+    connection: Connection
+    now: datetime
+
+    def later(self, seconds: float) -> datetime:
+        """Return the time ``seconds`` after :attr:`now`."""
+        return self.now + timedelta(milliseconds=round(seconds * 1000))
+
+
+def database_url(settings: Settings, name: str = "queue") -> URL:
+    """Return the URL of the message log, or of the service ``name``'s own tables.
+
+    Without ``DB_HOST`` each has its own SQLite file, so that a long transaction of
+    one does not keep the others from writing; with it they share one database.
+    """
+    if settings.database is None:
+        return URL.create("sqlite", database=str(settings.data_dir.absolute() / f"{name}.db"))
+    db = settings.database
+    return URL.create(
+        "mysql+pymysql",
+        username=db.user,
+        password=db.password or None,
+        host=db.host,
+        port=db.port,
+        database=db.name,
+        query={"charset": "utf8mb4"},
+    )
+
+
+def make_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
+    """Make an engine for one thread, or for one hub.
+
+    :param sleep: how that thread waits: ``eventlet.sleep`` on the hub.
+    """
+    if url.get_backend_name() == "sqlite":
+        return _sqlite_engine(url, sleep, options)
+    engine = create_engine(
+        url,
+        isolation_level="READ COMMITTED",
+        pool_pre_ping=True,
+        connect_args={"connect_timeout": 5, "read_timeout": 30, "write_timeout": 30},
+        **options,
+    )
+    event.listen(engine, "connect", _set_utc)
+    return engine
+
+
+def _set_utc(connection: Any, _record: Any) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SET time_zone = '+00:00'")
+
+
+def _sqlite_engine(url: URL, sleep: Sleep, options: dict[str, Any]) -> Engine:
+    if url.database and url.database != ":memory:":
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    # The driver does not begin transactions and does not wait for locks: a wait
+    # inside SQLite would stop the hub, and with it perhaps who holds the lock.
+    engine = create_engine(url, connect_args={"timeout": 0, "isolation_level": None}, **options)
+    event.listen(engine, "connect", _set_sqlite_pragmas)
+    event.listen(engine, "begin", lambda connection: _begin_immediate(connection, sleep))
+    return engine
+
+
+def _set_sqlite_pragmas(connection: Any, _record: Any) -> None:
+    # FULL: what a COMMIT said is there even after the power failed
+    connection.execute("PRAGMA busy_timeout = 5000")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA busy_timeout = 0")
+
+
+def _begin_immediate(connection: Connection, sleep: Sleep) -> None:
+    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        return
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    pause = 0.0002
+    while True:
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            return
+        except OperationalError as exc:
+            if "locked" not in str(exc) or time.monotonic() > deadline:
+                raise
+        sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - spreads load, guards no secret
+        pause = min(pause * 2, 0.01)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Say whether the same transaction may succeed when it is simply done again."""
+    if isinstance(error, DBAPIError) and error.orig is not None and error.orig.args:
+        return error.orig.args[0] in DEADLOCK_CODES
+    return False
+
+
+class Database:
+    """The one connection of one native thread, made anew after it was lost."""
+
+    def __init__(self, url: URL, sleep: Sleep) -> None:
+        self._engine = make_engine(url, sleep)
+        self._connection: Connection | None = None
+        self._clock = text(
+            "SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')"
+            if self.is_sqlite
+            else "SELECT UTC_TIMESTAMP(3)"
+        )
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether the database is a file of this machine."""
+        return self._engine.dialect.name == "sqlite"
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, for migrations."""
+        return self._engine
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Open a transaction; commit it at the end, or roll it back when something is raised.
+
+        :raises StoreUnavailableError: when the database does not answer.
+        :raises CommitUncertainError: when it went away while committing.
+        """
+        try:
+            connection = self._connect()
+            connection.begin()
+            now = connection.execute(self._clock).scalar_one()
+        except SQLAlchemyError as exc:
+            self.drop_connection()
+            raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
+        try:
+            yield Transaction(connection, _as_datetime(now))
+        except BaseException as exc:
+            self._roll_back()
+            if isinstance(exc, OperationalError) and not is_transient(exc):
+                raise StoreUnavailableError(str(exc.orig)) from exc
+            raise
+        self._commit(connection)
+
+    def ping(self) -> bool:
+        """Say whether the database answers. Never raises."""
+        try:
+            with self.transaction():
+                return True
+        except StoreUnavailableError:
+            return False
+
+    def drop_connection(self) -> None:
+        """Forget the connection; the next transaction makes another."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                connection.invalidate()
+            with contextlib.suppress(Exception):
+                connection.close()
+
+    def close(self) -> None:
+        """Close the connection. Never raises."""
+        self.drop_connection()
+        with contextlib.suppress(Exception):
+            self._engine.dispose()
+
+    def _connect(self) -> Connection:
+        if self._connection is None or self._connection.closed:
+            self._connection = self._engine.connect()
+        return self._connection
+
+    def _commit(self, connection: Connection) -> None:
+        try:
+            connection.commit()
+        except SQLAlchemyError as exc:
+            self.drop_connection()
+            raise CommitUncertainError(str(getattr(exc, "orig", None) or exc)) from exc
+
+    def _roll_back(self) -> None:
+        try:
+            if self._connection is not None:
+                self._connection.rollback()
+        except SQLAlchemyError:
+            self.drop_connection()
+
+
+def _as_datetime(value: Any) -> datetime:
+    return value if isinstance(value, datetime) else datetime.fromisoformat(value)
+
+
+def worker_name() -> str:
+    """Return ``host:pid``, by which leases and attempts name this process."""
+    return f"{os.uname().nodename}:{os.getpid()}"

@@ -1,0 +1,120 @@
+"""The one error tree of the suite::
+
+    QueueError
+    ├── SettingsError              a setting is wrong or missing
+    ├── PayloadError               a payload or an option cannot be sent
+    │   └── ContractError          a payload breaks its event's contract
+    ├── DispatchError              an event was not stored
+    │   └── DispatchUncertainError an event may or may not have been stored
+    ├── MessageNotFoundError       no such message in the log
+    ├── NothingToRetryError        a message has no failed delivery
+    ├── StoreUnavailableError      the log's database does not answer
+    ├── ProviderError              a provider could not do what was asked
+    │   ├── ProviderUnavailableError
+    │   ├── UnsupportedByProviderError
+    │   └── LeaseLostError         a lease was taken over
+    ├── HandlerTimeoutError        a handler ran longer than it may
+    ├── Reject                     a handler: never try this again
+    └── Retry                      a handler: try this again, later
+
+``Reject`` and ``Retry`` are control flow of handlers, and therefore bear the
+names of what they ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class QueueError(Exception):
+    """Raised when anything of the event suite fails; the root of the tree."""
+
+
+class SettingsError(QueueError):
+    """Raised when a setting has a value that it may not have.
+
+    The text is one line that names the variable and what it may be.
+    """
+
+
+class PayloadError(QueueError, ValueError):
+    """Raised when a payload, name or option cannot be dispatched as it is.
+
+    ``errors`` maps a field (dotted where it is nested) to what is wrong.
+    """
+
+    def __init__(self, errors: Mapping[str, Any]) -> None:
+        self.errors = dict(errors)
+        super().__init__("; ".join(f"{field}: {said}" for field, said in self.errors.items()))
+
+
+class ContractError(PayloadError):
+    """Raised when a payload breaks the contract of its event type."""
+
+
+class DispatchError(QueueError):
+    """Raised when an event could not be stored: nothing was, nothing is sent."""
+
+
+class DispatchUncertainError(DispatchError):
+    """Raised when the fate of a COMMIT stayed unknown.
+
+    ``message_ids`` are the ids that the events have if they were stored.
+    """
+
+    def __init__(self, message_ids: list[str], reason: str) -> None:
+        self.message_ids = message_ids
+        super().__init__(f"stored or not is unknown for {', '.join(message_ids)}: {reason}")
+
+
+class MessageNotFoundError(QueueError):
+    """Raised when the message log has no message of that id."""
+
+
+class NothingToRetryError(QueueError):
+    """Raised when a message that is to be retried has no failed delivery."""
+
+
+class StoreUnavailableError(QueueError):
+    """Raised when the database of the message log does not answer."""
+
+
+class ProviderError(QueueError):
+    """Raised when a provider could not do what was asked of it."""
+
+
+class ProviderUnavailableError(ProviderError):
+    """Raised when a provider's server does not answer."""
+
+
+class UnsupportedByProviderError(ProviderError):
+    """Raised when a provider says by its capabilities that it cannot do this."""
+
+
+class LeaseLostError(ProviderError):
+    """Raised when somebody settles or extends a lease that is no longer theirs."""
+
+
+class HandlerTimeoutError(QueueError):
+    """Raised in a handler that ran longer than its ``timeout``."""
+
+
+class Reject(QueueError):  # noqa: N818 - named for what a handler asks for
+    """Raised when a handler knows that a message can never succeed.
+
+    The delivery becomes a dead letter at once, without further attempts.
+    """
+
+
+class Retry(QueueError):  # noqa: N818 - named for what a handler asks for
+    """Raised when a handler wants another attempt at a time of its own choice.
+
+    :param after: seconds until the next attempt; ``None`` leaves it to the backoff.
+    """
+
+    def __init__(self, reason: str = "", *, after: float | None = None) -> None:
+        if after is not None and after < 0:
+            raise ValueError("after: must be 0 or more seconds")
+        self.after = after
+        super().__init__(reason or "the handler asked for another attempt")

@@ -1,0 +1,21 @@
+"""Dispatching and handling events: a drop-in for the same names of ``nameko.events``."""
+
+from nameko.events import BROADCAST, SERVICE_POOL, SINGLETON
+
+from shared.events.context import Message, MessageContext
+from shared.events.dispatcher import Dispatch, EventDispatcher
+from shared.events.handler import EventHandler, event_handler
+from shared.lifecycle import Backoff
+
+__all__ = [
+    "BROADCAST",
+    "SERVICE_POOL",
+    "SINGLETON",
+    "Backoff",
+    "Dispatch",
+    "EventDispatcher",
+    "EventHandler",
+    "Message",
+    "MessageContext",
+    "event_handler",
+]

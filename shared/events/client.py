@@ -1,0 +1,189 @@
+"""A service's own end of the queue: shared by all its dispatchers and handlers."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import eventlet
+from eventlet.queue import LightQueue
+from nameko.extensions import SharedExtension
+
+from shared.database import Transaction
+from shared.events.pump import Append, Call, Consume, Finish, Pump, StopConsuming
+from shared.lifecycle import DeliveryStatus
+from shared.native import Mailbox, Promise, Thread
+from shared.settings import Settings, settings_or_exit
+from shared.types import Delivery, Envelope, Failure, Lease, Outcome, Subscription
+
+if TYPE_CHECKING:
+    from shared.events.handler import EventHandler
+
+_log = logging.getLogger(__name__)
+
+START_SECONDS = 5.0
+"""How long a start waits for its subscriptions to be registered; it goes on in the background."""
+
+FINISH_SECONDS = 10.0
+"""How long a stop waits for the last outcomes to be stored."""
+
+
+class QueueClient(SharedExtension):
+    """Starts and stops the pump, and hands deliveries to their handlers.
+
+    One for each service container, whatever number of extensions use it.
+    """
+
+    settings: Settings
+
+    def __init__(self) -> None:
+        # filled by the set-ups of the handlers, which run in no order
+        self._handlers: list[EventHandler] = []
+        self._by_subscription: dict[int, EventHandler] = {}
+        self._is_stopping = False
+        self._is_stopped = False
+
+    def bind(self, container: Any) -> Any:
+        instance = super().bind(container)
+        # read while the container is made: the process can still end with a status
+        instance.settings = settings_or_exit(container.config)
+        return instance
+
+    def setup(self) -> None:
+        self._mailbox = Mailbox()
+        self._pump = Pump(self.settings, self._mailbox, self._take, _log.log, self._crash)
+        self._thread = Thread(self._pump.run, "queue-pump")
+        self._inbox: Any = LightQueue()
+
+    def start(self) -> None:
+        self._mailbox.open()
+        self._thread.start()
+        self._chain_signal()
+        self.container.spawn_managed_thread(self._hand_out, identifier="queue-client")
+        if self._handlers:
+            self._consume()
+
+    def stop(self) -> None:
+        if self._is_stopped:  # a second signal stops everything once more
+            return
+        self._is_stopped = True
+        self._mailbox.send(Finish())
+        if not self._thread.join(FINISH_SECONDS):
+            _log.error("the last outcomes could not be stored in %s s", FINISH_SECONDS)
+            return
+        self._mailbox.close()
+
+    def kill(self) -> None:
+        self.stop()
+
+    # --- for handlers
+
+    def register_provider(self, handler: EventHandler) -> None:
+        """Have ``handler`` get the deliveries of its subscription."""
+        self._handlers.append(handler)
+
+    def unregister_provider(self, handler: EventHandler) -> None:
+        """Stop reserving; what runs may finish within the grace time."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._mailbox.send(StopConsuming())
+            eventlet.spawn_after(self.settings.grace, self._release_running)
+        self._release_unstarted()
+
+    def end(self, outcome: Outcome) -> None:
+        """Have an outcome stored and the delivery settled; does not wait for it."""
+        self._mailbox.send(outcome)
+
+    # --- for dispatchers and operations
+
+    def append(self, envelopes: Sequence[Envelope], *, again: bool = False) -> None:
+        """Store events, and return once they are.
+
+        :param again: some of them may be stored already.
+        :raises DispatchError: when nothing was stored.
+        :raises DispatchUncertainError: when that could not be found out.
+        """
+        promise = Promise()
+        self._mailbox.send(Append(envelopes, promise, again))
+        promise.wait()
+
+    def call(self, function: Callable[[Transaction], tuple[Any, list[Delivery]]]) -> Any:
+        """Run ``function`` in a transaction of the log; publish the deliveries that it returns.
+
+        :returns: the first thing that ``function`` returns.
+        :raises QueueError: what it raises, or StoreUnavailableError.
+        """
+        promise = Promise()
+        self._mailbox.send(Call(function, promise))
+        return promise.wait()
+
+    # --- within
+
+    def _consume(self) -> None:
+        wanted = [handler.subscription for handler in self._handlers]
+        ready = Promise()
+
+        def on_registered(registered: list[Subscription]) -> None:
+            for handler, subscription in zip(self._handlers, registered, strict=True):
+                self._by_subscription[subscription.id] = handler
+            ready.resolve(None)
+
+        self._mailbox.send(Consume(wanted, self.container.max_workers, on_registered))
+        with eventlet.Timeout(START_SECONDS, False):
+            ready.wait()
+            return
+        _log.warning("the message log does not answer yet; consuming begins when it does")
+
+    def _take(self, leases: list[Lease]) -> None:
+        for lease in leases:
+            self._inbox.put(lease)
+
+    def _hand_out(self) -> None:
+        while True:
+            lease = self._inbox.get()
+            if self._is_stopping:
+                self._release(lease)
+            else:
+                self._by_subscription[lease.delivery.subscription_id].handle(lease)
+
+    def _release(self, lease: Lease) -> None:
+        failure = Failure("Released", "the worker stopped")
+        self.end(Outcome(lease, DeliveryStatus.PENDING, failure))
+
+    def _release_unstarted(self) -> None:
+        while self._inbox.qsize():
+            self._release(self._inbox.get())
+
+    def _release_running(self) -> None:
+        """Grace time is over: hand back what still runs, unburnt, and end its workers."""
+        for worker_ctx, greenthread in list(self.container._worker_threads.items()):
+            lease = getattr(worker_ctx, "lease", None)
+            if lease is not None:
+                _log.warning("grace time over message_id=%s", lease.delivery.message.id)
+                self._release(lease)
+                greenthread.kill()
+
+    def _chain_signal(self) -> None:
+        """On SIGTERM give the thread a deadline: a handler that keeps the hub busy
+        would keep nameko from hearing of it."""
+        before = signal.getsignal(signal.SIGTERM)
+        if not callable(before):
+            return
+
+        def on_signal(number: int, frame: Any) -> None:
+            self._pump.die_by(monotonic() + self.settings.grace + 1)
+            before(number, frame)
+            self._mailbox.rouse()
+
+        signal.signal(signal.SIGTERM, on_signal)
+
+    def _crash(self, error: BaseException) -> None:
+        _log.critical("the queue's thread ended", exc_info=error)
+        try:
+            raise error
+        except BaseException:
+            self.container.kill(sys.exc_info())

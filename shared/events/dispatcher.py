@@ -1,0 +1,250 @@
+"""The dependency that dispatches: a drop-in for nameko's ``EventDispatcher``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from nameko.extensions import DependencyProvider
+
+from shared.contracts import contracts
+from shared.errors import DispatchError, PayloadError
+from shared.events.client import QueueClient
+from shared.events.relay import Relay
+from shared.settings import Settings, refuse_start
+from shared.store.outbox import outbox_name
+from shared.tables import OWN_METADATA
+from shared.types import (
+    MAX_RETRIES_LIMIT,
+    Envelope,
+    Priority,
+    check_json,
+    check_name,
+    encode_payload,
+    new_message_id,
+)
+
+LONGEST_DELAY_SECONDS = 10 * 365 * 86_400
+"""Ten years; a time further off is a mistake, and soon out of the database's range."""
+
+
+def make_envelope(
+    settings: Settings,
+    queue: str,
+    event_type: str,
+    payload: Any,
+    *,
+    priority: str | None = None,
+    delay: float | None = None,
+    scheduled_at: datetime | None = None,
+    max_retries: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> Envelope:
+    """Check an event and make its envelope.
+
+    :param priority: low, normal, high or urgent.
+    :param delay: seconds, at most ten years; or
+    :param scheduled_at: a time with its time zone. One in the past means now.
+    :param max_retries: 0 to 100.
+    :param metadata: JSON that travels along; ``version`` names the contract's version.
+    :param context: nameko's context data, to be carried to the handler.
+    :raises PayloadError: naming what is wrong with the names, payload or options.
+    :raises ContractError: naming the fields that break the contract.
+    """
+    check_name(queue, "queue")
+    check_name(event_type, "event_type")
+    kept = _check_metadata(metadata)
+    version = contracts.check(settings.source_of(queue), event_type, payload, kept)
+    if version is not None:
+        kept.setdefault("version", str(version))
+    if context:
+        kept[OWN_METADATA] = {"context": _sendable(context)}
+    return Envelope(
+        id=new_message_id(),
+        queue=queue,
+        type=event_type,
+        body=encode_payload(payload, settings.max_payload_bytes),
+        priority=_check_priority(priority),
+        max_retries=_check_max_retries(max_retries),
+        scheduled_at=_check_time(scheduled_at),
+        delay=_check_delay(delay, scheduled_at),
+        metadata=kept,
+    )
+
+
+class Dispatch:
+    """What a service method calls: ``self.dispatch("user.registered", payload)``."""
+
+    def __init__(
+        self, client: QueueClient, relay: Relay | None, source: str, context: Mapping[str, Any]
+    ) -> None:
+        self._client = client
+        self._relay = relay
+        self._source = source
+        self._queue = client.settings.queue_of(source)
+        self._context = context
+
+    def __call__(
+        self, event_type: str, event_data: Any, *, session: Any = None, **options: Any
+    ) -> str:
+        """Dispatch one event; return its message id once it is stored.
+
+        :param session: a SQLAlchemy session of the service's own database: the event is
+            then part of its transaction, and stored with its commit.
+        :param options: ``priority, delay, scheduled_at, max_retries, metadata``, as
+            :func:`make_envelope` takes them.
+        :raises PayloadError: when the event or an option cannot be; nothing was stored.
+        :raises DispatchError: when it could not be stored; nothing was.
+        :raises DispatchUncertainError: when that could not be found out.
+        """
+        return self.many([(event_type, event_data)], session=session, **options)[0]
+
+    def many(
+        self, events: Iterable[Sequence[Any]], *, session: Any = None, **options: Any
+    ) -> list[str]:
+        """Dispatch several events, all or none, in their order; return their message ids.
+
+        :param events: pairs ``(event_type, payload)``, or triples with a mapping of
+            options of their own, which go before those given for all.
+        """
+        envelopes = [self._envelope(event, options) for event in events]
+        if not envelopes:
+            return []
+        if session is None:
+            self._client.append(envelopes)
+        elif self._relay is not None:
+            self._relay.add(session, envelopes)
+        else:
+            raise DispatchError(
+                f"{self._source} has no table {outbox_name(self._source)} among those of its "
+                "DatabaseSession: see outbox_table()"
+            )
+        return [envelope.id for envelope in envelopes]
+
+    def _envelope(self, event: Sequence[Any], options: dict[str, Any]) -> Envelope:
+        event_type, payload, *own = event
+        return make_envelope(
+            self._client.settings,
+            self._queue,
+            event_type,
+            payload,
+            context=self._context,
+            **{**options, **(own[0] if own else {})},
+        )
+
+
+class EventDispatcher(DependencyProvider):  # type: ignore[misc]
+    """Injects :class:`Dispatch`.
+
+    Example::
+
+        class Shop:
+            name = "shop"
+            dispatch = EventDispatcher()
+
+            @rpc
+            def sell(self, item):
+                self.dispatch("item.sold", {"item": item})
+    """
+
+    queue_client = QueueClient()
+    _relay: Relay | None = None
+
+    def setup(self) -> None:
+        settings = self.queue_client.settings
+        source = self.container.service_name
+        queue = settings.queue_of(source)
+        try:
+            check_name(queue, "a service that dispatches: its name")
+        except PayloadError as exc:
+            refuse_start(exc)
+        if settings.source_of(queue) != source:
+            refuse_start(
+                f"QUEUE_SOURCES: {source} and {settings.source_of(queue)} would share the queue "
+                f"{queue}; must give each source a queue of its own"
+            )
+
+    def start(self) -> None:
+        self._relay = Relay.of(self.container, self.queue_client)
+        if self._relay is not None:
+            self.container.spawn_managed_thread(self._relay.run, identifier="outbox-relay")
+
+    def get_dependency(self, worker_ctx: Any) -> Dispatch:
+        return Dispatch(
+            self.queue_client,
+            self._relay,
+            self.container.service_name,
+            worker_ctx.context_data,
+        )
+
+
+def _check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping):
+        raise PayloadError({"metadata": "must be an object"})
+    if OWN_METADATA in metadata:
+        raise PayloadError({f"metadata.{OWN_METADATA}": "is reserved"})
+    check_json(metadata, "metadata")
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        raise PayloadError({"metadata": f"is not JSON: {exc}"}) from exc
+    return dict(metadata)
+
+
+def _sendable(context: Mapping[str, Any]) -> dict[str, Any]:
+    # nameko drops what cannot be a header; what cannot be JSON is dropped here
+    return {key: value for key, value in context.items() if _is_json(value)}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return value is not None
+
+
+def _check_priority(priority: str | None) -> Priority:
+    try:
+        return Priority.NORMAL if priority is None else Priority(priority)
+    except ValueError as exc:
+        raise PayloadError({"priority": f"must be one of {', '.join(Priority)}"}) from exc
+
+
+def _check_max_retries(value: int | None) -> int | None:
+    fits = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or (fits and 0 <= value <= MAX_RETRIES_LIMIT):
+        return value
+    raise PayloadError({"max_retries": f"must be a whole number from 0 to {MAX_RETRIES_LIMIT}"})
+
+
+def _check_time(value: datetime | None) -> datetime | None:
+    if value is None:
+        return None
+    if not isinstance(value, datetime) or value.tzinfo is None:
+        raise PayloadError({"scheduled_at": "must be a time with its time zone"})
+    try:
+        plain = value.astimezone(UTC).replace(tzinfo=None)
+    except OverflowError as exc:
+        raise PayloadError({"scheduled_at": "is out of range"}) from exc
+    # 2038 is where MySQL's TIMESTAMP ends
+    if not 1971 <= plain.year <= 2037:
+        raise PayloadError({"scheduled_at": "must lie between 1971 and 2037"})
+    return plain
+
+
+def _check_delay(value: float | None, scheduled_at: datetime | None) -> float | None:
+    if value is None:
+        return None
+    if scheduled_at is not None:
+        raise PayloadError({"delay": "cannot be given together with scheduled_at"})
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PayloadError({"delay": "must be a number of seconds"})
+    if not 0 <= value <= LONGEST_DELAY_SECONDS:
+        raise PayloadError({"delay": f"must be 0 to {LONGEST_DELAY_SECONDS} seconds"})
+    return float(value)

@@ -1,0 +1,178 @@
+"""The entrypoint: a drop-in for nameko's ``event_handler``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import eventlet
+from nameko.events import BROADCAST, SERVICE_POOL, SINGLETON
+from nameko.events import EventHandler as NamekoEventHandler
+from nameko.exceptions import ContainerBeingKilled
+
+from shared.contracts import contracts
+from shared.errors import ContractError, HandlerTimeoutError
+from shared.events.client import QueueClient
+from shared.events.context import MessageContext
+from shared.events.outcome import ExcInfo, RetryPolicy, broken, decide, settle
+from shared.lifecycle import Backoff, DeliveryStatus
+from shared.settings import refuse_start
+from shared.tables import OWN_METADATA
+from shared.types import (
+    LONGEST_ROUTE_BYTES,
+    MAX_RETRIES_LIMIT,
+    Failure,
+    Lease,
+    Outcome,
+    Subscription,
+    check_name,
+)
+
+
+class EventHandler(NamekoEventHandler):  # type: ignore[misc]
+    """Handles the events of one type from one service.
+
+    Takes what ``nameko.events.EventHandler`` takes, and:
+
+    :param max_retries: retries after the first attempt, 0 to 100; what a dispatch says
+        goes before it. ``requeue_on_error`` means no limit.
+    :param backoff: the times between attempts.
+    :param timeout: seconds after which :class:`~shared.errors.HandlerTimeoutError` is
+        raised in the handler, at a point where it waits.
+    """
+
+    queue_consumer = QueueClient()
+    subscription: Subscription
+
+    def __init__(
+        self,
+        source_service: str,
+        event_type: str,
+        handler_type: str = SERVICE_POOL,
+        reliable_delivery: bool = True,
+        requeue_on_error: bool = False,
+        *,
+        max_retries: int | None = None,
+        backoff: Backoff | None = None,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if max_retries is not None and not 0 <= max_retries <= MAX_RETRIES_LIMIT:
+            raise ValueError(f"max_retries: must be 0 to {MAX_RETRIES_LIMIT}")
+        if timeout is not None and timeout <= 0:
+            raise ValueError("timeout: must be more than 0 seconds")
+        self.max_retries = max_retries
+        self.backoff = backoff
+        self.timeout = timeout
+        super().__init__(
+            source_service, event_type, handler_type, reliable_delivery, requeue_on_error, **kwargs
+        )
+
+    def setup(self) -> None:
+        settings = self.queue_consumer.settings
+        self.subscription = Subscription(
+            queue=settings.queue_of(self.source_service),
+            source=self.source_service,
+            event_type=self.event_type,
+            subscriber=self._subscriber(),
+            handler_type=self.handler_type,
+            reliable=self.reliable_delivery,
+        )
+        self._check_names()
+        self.queue_consumer.register_provider(self)
+
+    def stop(self) -> None:
+        self.queue_consumer.unregister_provider(self)
+
+    # --- one delivery
+
+    def handle(self, lease: Lease) -> None:
+        """Run the handler for one delivery, in a worker of the container."""
+        message = lease.delivery.message
+        try:
+            payload = self._read(lease)
+        except ContractError as exc:
+            self._settle(broken(lease, exc))
+            return
+        context = message.metadata.get(OWN_METADATA, {}).get("context", {})
+        try:
+            worker_ctx = self.container.spawn_worker(
+                self,
+                (payload,),
+                {},
+                context_data=dict(context),
+                handle_result=partial(self.handle_result, lease),
+            )
+        except ContainerBeingKilled:
+            failure = Failure("Released", "the worker stopped")
+            self._settle(Outcome(lease, DeliveryStatus.PENDING, failure))
+            return
+        # The worker has not begun yet: it does when this greenthread waits.
+        worker_ctx.lease = lease
+        worker_ctx.message_context = MessageContext.of(lease, self.subscription.subscriber)
+        method = getattr(worker_ctx.service, self.method_name)
+        setattr(worker_ctx.service, self.method_name, partial(self._run, method))
+
+    def handle_result(
+        self,
+        message: Lease,
+        worker_ctx: Any,
+        result: Any = None,
+        exc_info: ExcInfo | None = None,
+    ) -> tuple[Any, ExcInfo | None]:
+        """Settle a delivery by what its handler returned or raised; may be overridden."""
+        self._settle(decide(message, self.retry_policy(message), exc_info))
+        return result, exc_info
+
+    def retry_policy(self, lease: Lease) -> RetryPolicy:
+        """Return how this delivery is retried: the dispatch before the handler before the setting."""
+        retries = self.queue_consumer.settings.retries
+        said = (lease.delivery.message.max_retries, self.max_retries, retries.limit)
+        limit = next(each for each in said if each is not None)
+        return RetryPolicy(
+            None if self.requeue_on_error else limit, self.backoff or retries.backoff
+        )
+
+    # --- within
+
+    def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.timeout is None:
+            return method(*args, **kwargs)
+        error = HandlerTimeoutError(f"the handler ran longer than {self.timeout} s")
+        with eventlet.Timeout(self.timeout, error):
+            return method(*args, **kwargs)
+
+    def _read(self, lease: Lease) -> Any:
+        message = lease.delivery.message
+        try:
+            payload = message.payload
+        except json.JSONDecodeError as exc:
+            raise ContractError({"payload": f"is not JSON: {exc}"}) from exc
+        contracts.check(self.source_service, self.event_type, payload, message.metadata)
+        return payload
+
+    def _settle(self, outcome: Outcome) -> None:
+        settle(outcome, self.queue_consumer.end, self.subscription.subscriber)
+
+    def _subscriber(self) -> str:
+        own = f"{self.container.service_name}.{self.method_name}"
+        if self.handler_type is SINGLETON:
+            return "singleton"
+        if self.handler_type is BROADCAST:
+            return f"{own}-{self.broadcast_identifier}"
+        return own
+
+    def _check_names(self) -> None:
+        try:
+            check_name(self.source_service, "source_service")
+            check_name(self.event_type, "event_type")
+        except ValueError as exc:
+            refuse_start(f"{self}: {exc}")
+        route = f"evt-{self.source_service}-{self.event_type}--{self.subscription.subscriber}"
+        if len(route.encode()) > LONGEST_ROUTE_BYTES:
+            refuse_start(f"{route}: has more than {LONGEST_ROUTE_BYTES} bytes")
+
+
+event_handler = EventHandler.decorator

@@ -1,0 +1,83 @@
+"""What a handler's end means for its delivery."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from shared.errors import ContractError, Reject, Retry
+from shared.lifecycle import Backoff, DeliveryStatus
+from shared.types import Failure, Lease, Outcome
+
+_log = logging.getLogger(__name__)
+
+ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
+
+TRACEBACK_LENGTH = 20_000
+"""Characters of a traceback that are kept: its end, where the error is."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and when a failed attempt is repeated.
+
+    :param limit: the most retries; ``None`` for no limit.
+    """
+
+    limit: int | None
+    backoff: Backoff
+
+
+def decide(lease: Lease, policy: RetryPolicy, exc_info: ExcInfo | None) -> Outcome:
+    """Turn what a handler raised, or nothing, into the outcome of the attempt."""
+    if exc_info is None:
+        return Outcome(lease, DeliveryStatus.COMPLETED)
+    error = exc_info[1]
+    failure = failure_of(exc_info)
+    if isinstance(error, Reject):
+        return Outcome(lease, DeliveryStatus.FAILED, failure)
+    retries = lease.delivery.attempts
+    if policy.limit is not None and retries >= policy.limit:
+        return Outcome(lease, DeliveryStatus.FAILED, failure)
+    after = error.after if isinstance(error, Retry) else None
+    delay = policy.backoff.delay(retries) if after is None else after
+    return Outcome(lease, DeliveryStatus.RETRY, failure, delay)
+
+
+def broken(lease: Lease, error: ContractError) -> Outcome:
+    """Return the outcome of a delivery that no attempt could make succeed."""
+    return Outcome(lease, DeliveryStatus.FAILED, Failure(type(error).__name__, str(error)))
+
+
+def failure_of(exc_info: ExcInfo) -> Failure:
+    """Describe an exception as text to be stored."""
+    kind, error, _ = exc_info
+    text = "".join(traceback.format_exception(*exc_info))
+    return Failure(kind.__name__, str(error) or kind.__name__, text[-TRACEBACK_LENGTH:])
+
+
+def settle(outcome: Outcome, end: Callable[[Outcome], Any], subscriber: str) -> None:
+    """Have an outcome stored and its delivery settled. Nothing else settles.
+
+    :param end: gives the outcome to the message log and, after that, to the provider.
+    """
+    end(outcome)
+    message = outcome.lease.delivery.message
+    where = f"message_id={message.id} type={message.type} subscriber={subscriber}"
+    match outcome.status:
+        case DeliveryStatus.COMPLETED:
+            _log.debug("completed %s", where)
+        case DeliveryStatus.RETRY:
+            _log.info("retry in %.3f s %s error=%s", outcome.delay, where, _kind(outcome))
+        case DeliveryStatus.FAILED:
+            _log.error("dead letter %s error=%s", where, _kind(outcome))
+        case DeliveryStatus.PENDING:
+            _log.info("handed back %s", where)
+
+
+def _kind(outcome: Outcome) -> str:
+    return outcome.failure.type if outcome.failure else ""

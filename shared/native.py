@@ -1,0 +1,169 @@
+"""Threads beside eventlet's hub.
+
+A handler that burns the processor stops eventlet's hub, and with it every
+greenthread; what has to go on meanwhile (renewing leases, above all) runs in a
+native thread. Such a thread owns its connections alone: any lock made after
+monkey patching is green and must not be contended between threads. So nothing
+is shared but two deques and two pipes, and nothing is logged from there.
+
+The names here are the unpatched ones of the standard library.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import eventlet
+from eventlet import hubs, patcher
+from eventlet.event import Event
+
+os = patcher.original("os")
+select = patcher.original("select").select
+sleep = patcher.original("time").sleep
+socket = patcher.original("socket")
+_threading = patcher.original("threading")
+
+
+class Signal:
+    """A pipe that one side rings and the other waits for. Rings before a wait are one."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+
+    def fileno(self) -> int:
+        """The descriptor that is readable once the signal was rung."""
+        return self._read
+
+    def ring(self) -> None:
+        """Wake who waits; from any thread, and from a signal handler."""
+        try:
+            os.write(self._write, b"!")
+        except BlockingIOError:
+            pass  # it is full, hence readable already
+
+    def clear(self) -> None:
+        """Forget all rings so far."""
+        try:
+            while os.read(self._read, 4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def close(self) -> None:
+        """Close both ends."""
+        os.close(self._read)
+        os.close(self._write)
+
+
+class Mailbox:
+    """What one native thread and the hub say to each other.
+
+    The hub puts commands and waits for answers as a greenthread waits; the thread
+    takes all commands at once, which is what makes a group commit of them.
+    """
+
+    def __init__(self) -> None:
+        self._commands: deque[Any] = deque()
+        self._answers: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self.to_thread = Signal()
+        self._to_hub = Signal()
+        self._reader: Any = None
+
+    def send(self, command: Any) -> None:
+        """Hub or signal handler: give a command to the thread."""
+        self._commands.append(command)
+        self.to_thread.ring()
+
+    def take(self) -> list[Any]:
+        """Thread: take all commands that gathered."""
+        self.to_thread.clear()
+        taken = []
+        while self._commands:
+            taken.append(self._commands.popleft())
+        return taken
+
+    def answer(self, callback: Callable[..., None], *args: Any) -> None:
+        """Thread: have ``callback`` called on the hub."""
+        self._answers.append((callback, args))
+        self._to_hub.ring()
+
+    def rouse(self) -> None:
+        """Signal handler: have the hub look round, which else sleeps on after a signal."""
+        self._to_hub.ring()
+
+    def open(self) -> None:
+        """Hub: start to listen for answers."""
+        self._reader = eventlet.spawn(self._listen)
+
+    def close(self) -> None:
+        """Hub: hand out what is left and stop listening."""
+        self._drain()
+        if self._reader is not None:
+            self._reader.kill()
+        self._to_hub.close()
+        self.to_thread.close()
+
+    def _listen(self) -> None:
+        while True:
+            hubs.trampoline(self._to_hub.fileno(), read=True)
+            self._to_hub.clear()
+            self._drain()
+
+    def _drain(self) -> None:
+        while self._answers:
+            callback, args = self._answers.popleft()
+            callback(*args)
+
+
+class Thread:
+    """A native thread that a greenthread can wait for."""
+
+    def __init__(self, target: Callable[[], None], name: str) -> None:
+        self._done = _threading.Event()
+        self._target = target
+        self._thread = _threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start it."""
+        self._thread.start()
+
+    def join(self, timeout: float) -> bool:
+        """Wait green for its end, at most ``timeout`` seconds; say whether it ended."""
+        with eventlet.Timeout(timeout, False):
+            while not self._done.is_set():
+                eventlet.sleep(0.002)
+        return bool(self._done.is_set())
+
+    def _run(self) -> None:
+        try:
+            self._target()
+        finally:
+            self._done.set()
+
+
+class Promise:
+    """An answer that a greenthread waits for; fulfilled on the hub."""
+
+    def __init__(self) -> None:
+        self._event: Event = Event()
+
+    def resolve(self, value: Any) -> None:
+        """Let the waiting greenthread go on with ``value``."""
+        if not self._event.ready():
+            self._event.send(value)
+
+    def reject(self, error: BaseException) -> None:
+        """Raise ``error`` in the waiting greenthread."""
+        if not self._event.ready():
+            self._event.send_exception(error)
+
+    def wait(self) -> Any:
+        """Wait green.
+
+        :raises BaseException: whatever :meth:`reject` was given.
+        """
+        return self._event.wait()

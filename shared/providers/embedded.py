@@ -1,0 +1,387 @@
+"""The default provider: the message log's own SQL database is the queue.
+
+It works on the columns of ``queue_deliveries`` that are its own (``ready``,
+``lease_token``, ``lease_expires_at``), and wakes the processes of this machine by
+a datagram, since a database cannot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import uuid
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from sqlalchemy import Integer, and_, bindparam, case, exists, func, or_, select, update
+
+from shared.database import Database, Transaction, database_url
+from shared.errors import ProviderUnavailableError, StoreUnavailableError
+from shared.lifecycle import WAITING, DeliveryStatus
+from shared.native import select as wait_readable
+from shared.native import sleep, socket
+from shared.providers.base import Capabilities, QueueProvider, SubscriptionStats
+from shared.settings import Settings
+from shared.tables import MESSAGE_COLUMNS, deliveries, envelope_of, messages, subscriptions
+from shared.types import Delivery, Lease, SettleAction, Settlement, Subscription
+
+POLL_SECONDS = 0.1
+"""How often work is looked for where nothing can wake this process: on other machines."""
+
+WAKE_FOLDER = "wake"
+
+c = deliveries.c
+
+
+class EmbeddedProvider(QueueProvider):
+    """See the module's docstring."""
+
+    capabilities = Capabilities(joins_log=True)
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._database = Database(database_url(settings), sleep)
+        self._bell = Bell(settings.data_dir.absolute() / WAKE_FOLDER)
+        self._mine: frozenset[int] = frozenset()
+        # when, by this process's own clock, something becomes due of itself
+        self._due = math.inf
+
+    def initialize(self) -> None:
+        self._bell.listen()
+
+    def close(self) -> None:
+        self._bell.close()
+        self._database.close()
+
+    def declare(self, subscriptions: Sequence[Subscription]) -> None:
+        self._mine |= {subscription.id for subscription in subscriptions}
+
+    def publish(self, deliveries: Sequence[Delivery], tx: Any = None) -> None:
+        with self._joined(tx) as tx:
+            at_once = [d.seq for d in deliveries if d.delay <= 0]
+            if at_once:
+                tx.connection.execute(_READY, {"seqs": at_once})
+            later = [
+                {"its_seq": d.seq, "its_due": tx.later(d.delay)} for d in deliveries if d.delay > 0
+            ]
+            if later:
+                tx.connection.execute(_SCHEDULE, later)
+
+    def published(self, deliveries: Sequence[Delivery]) -> None:
+        self._bell.ring({delivery.subscription_id for delivery in deliveries})
+
+    def wait(self, timeout: float, interrupt: int) -> None:
+        if not self._database.is_sqlite and self._mine:
+            timeout = min(timeout, POLL_SECONDS)
+        self._bell.wait(min(timeout, self._due - monotonic()), interrupt, self._mine)
+
+    def reserve(self, limits: Mapping[int, int], limit: int, tx: Any = None) -> list[Lease]:
+        with self._joined(tx) as tx:
+            ready = self._with_ready(tx, list(limits))
+            seqs: list[int] = []
+            for place, subscription_id in enumerate(ready):
+                # what is left, shared evenly among the subscriptions that have something
+                share = -(-(limit - len(seqs)) // (len(ready) - place))
+                values = {"id": subscription_id, "limit": min(share, limits[subscription_id])}
+                seqs += tx.connection.execute(_NEXT, values).scalars()
+            return _lease(tx, seqs, self.settings.lease)
+
+    def settle(self, settlements: Sequence[Settlement], tx: Any = None) -> list[Settlement]:
+        with self._joined(tx) as tx:
+            ended = _grouped(settlements)
+            changed = sum(_end(tx, action, token, its) for (action, token), its in ended.items())
+            if changed == len(settlements):
+                return []
+            held = _held(tx, [settlement.lease for settlement in settlements])
+            return [x for x in settlements if x.lease not in held]
+
+    def extend(self, leases: Sequence[Lease], tx: Any = None) -> list[Lease]:
+        with self._joined(tx) as tx:
+            held = _held(tx, leases)
+            seqs = [lease.delivery.seq for lease in held]
+            tx.connection.execute(_EXTEND, {"seqs": seqs, "until": tx.later(self.settings.lease)})
+            return [lease for lease in leases if lease not in held]
+
+    def get_queue_stats(self, queue: str) -> list[SubscriptionStats]:
+        with self._joined(None) as tx:
+            return [SubscriptionStats(*row) for row in tx.connection.execute(_STATS, {"q": queue})]
+
+    def health_check(self) -> bool:
+        return self._database.ping()
+
+    def pause(self, subscription_id: int) -> None:
+        self._set_paused(subscription_id, True)
+
+    def resume(self, subscription_id: int) -> None:
+        self._set_paused(subscription_id, False)
+        self._bell.ring({subscription_id})
+
+    def peek(self, subscription_id: int, limit: int) -> list[Delivery]:
+        with self._joined(None) as tx:
+            values = {"id": subscription_id, "limit": limit}
+            return [lease.delivery for lease in _load(tx, tx.connection.execute(_NEXT, values))]
+
+    def purge(self, subscription_id: int) -> int:
+        with self._joined(None) as tx:
+            return tx.connection.execute(_PURGE, {"id": subscription_id}).rowcount
+
+    def _with_ready(self, tx: Transaction, subscription_ids: list[int]) -> list[int]:
+        """Return which subscriptions have something ready, after what is due was made so."""
+        values = {"ids": subscription_ids}
+        rows = tx.connection.execute(_LOOK, values).all()
+        times = [time for row in rows for time in (row.available, row.lease) if time is not None]
+        if times and min(times) <= tx.now:
+            tx.connection.execute(_DUE, {**values, "now": tx.now})
+            tx.connection.execute(_TAKE_OVER, {**values, "now": tx.now})
+            return self._with_ready(tx, subscription_ids)
+        wait = (min(times) - tx.now).total_seconds() if times else math.inf
+        self._due = monotonic() + wait
+        return [row.id for row in rows if row.is_ready and row.paused_at is None]
+
+    def _set_paused(self, subscription_id: int, is_paused: bool) -> None:
+        with self._joined(None) as tx:
+            tx.connection.execute(
+                update(subscriptions)
+                .where(subscriptions.c.id == subscription_id)
+                .values(paused_at=tx.now if is_paused else None)
+            )
+
+    @contextlib.contextmanager
+    def _joined(self, tx: Transaction | None) -> Iterator[Transaction]:
+        """Join the transaction given, or do the step in one of its own."""
+        if tx is not None:
+            yield tx
+            return
+        try:
+            with self._database.transaction() as own:
+                yield own
+        except StoreUnavailableError as exc:
+            raise ProviderUnavailableError(str(exc)) from exc
+
+
+# Statements are built once: building one takes longer than executing it.
+_SEQS = bindparam("seqs", expanding=True)
+_IDS = bindparam("ids", expanding=True)
+_NOW = bindparam("now", type_=c.available_at.type)
+_IS_WAITING = or_(*[c.status == status for status in sorted(WAITING)])
+
+
+def _earliest(time: Any) -> Any:
+    its = and_(c.subscription_id == subscriptions.c.id, time.is_not(None))
+    return select(time).where(its).order_by(time).limit(1).scalar_subquery()
+
+
+_READY = (
+    update(deliveries)
+    .where(c.seq.in_(_SEQS), _IS_WAITING, c.lease_expires_at.is_(None))
+    .values(ready=True, available_at=None)
+)
+_SCHEDULE = (
+    update(deliveries)
+    .where(c.seq == bindparam("its_seq"), _IS_WAITING, c.ready.is_(False))
+    .values(available_at=bindparam("its_due"))
+)
+_LOOK = select(
+    subscriptions.c.id,
+    subscriptions.c.paused_at,
+    _earliest(c.available_at).label("available"),
+    _earliest(c.lease_expires_at).label("lease"),
+    exists().where(c.subscription_id == subscriptions.c.id, c.ready.is_(True)).label("is_ready"),
+).where(subscriptions.c.id.in_(_IDS))
+_DUE = (
+    update(deliveries)
+    .where(c.subscription_id.in_(_IDS), c.available_at <= _NOW)
+    .values(ready=_IS_WAITING, available_at=None)
+)
+_TAKE_OVER = (
+    update(deliveries)
+    .where(c.subscription_id.in_(_IDS), c.lease_expires_at <= _NOW)
+    # the token moves on at once, so that who held it can no longer settle
+    .values(ready=True, lease_expires_at=None, lease_token=c.lease_token + 1)
+)
+_NEXT = (
+    select(c.seq)
+    .where(c.subscription_id == bindparam("id"), c.ready.is_(True))
+    .order_by(c.priority_rank, c.seq)
+    .limit(bindparam("limit", type_=Integer))
+    .with_for_update(skip_locked=True)
+)
+_LEASE = (
+    update(deliveries)
+    .where(c.seq.in_(_SEQS), c.ready.is_(True))
+    .values(ready=False, lease_token=c.lease_token + 1, lease_expires_at=bindparam("until"))
+)
+_LOAD = (
+    select(c.seq, c.subscription_id, c.attempts, c.lease_token, *MESSAGE_COLUMNS)
+    .select_from(deliveries.join(messages))
+    .where(c.seq.in_(_SEQS))
+    .order_by(c.priority_rank, c.seq)
+)
+_HELD = (
+    select(c.seq, c.lease_token)
+    .where(c.seq.in_(_SEQS), c.lease_expires_at.is_not(None))
+    .with_for_update()
+)
+_EXTEND = update(deliveries).where(c.seq.in_(_SEQS)).values(lease_expires_at=bindparam("until"))
+_END = (
+    update(deliveries)
+    .where(c.seq.in_(_SEQS), c.lease_token == bindparam("token"), c.lease_expires_at.is_not(None))
+    .values(lease_expires_at=None, ready=bindparam("is_ready"))
+)
+_PURGE = (
+    update(deliveries)
+    .where(
+        c.subscription_id == bindparam("id"),
+        _IS_WAITING,
+        or_(c.ready.is_(True), c.available_at.is_not(None)),
+    )
+    .values(ready=False, available_at=None)
+)
+_STATS = (
+    select(
+        subscriptions.c.subscriber,
+        func.coalesce(func.sum(case((c.ready, 1), else_=0)), 0),
+        func.coalesce(func.sum(case((c.lease_expires_at.is_not(None), 1), else_=0)), 0),
+        func.coalesce(func.sum(case((c.available_at.is_not(None), 1), else_=0)), 0),
+        func.coalesce(func.sum(case((c.status == DeliveryStatus.FAILED, 1), else_=0)), 0),
+    )
+    .select_from(subscriptions.outerjoin(deliveries))
+    .where(subscriptions.c.queue_name == bindparam("q"))
+    .group_by(subscriptions.c.id, subscriptions.c.subscriber)
+    .order_by(subscriptions.c.id)
+)
+
+
+def _lease(tx: Transaction, seqs: list[int], seconds: float) -> list[Lease]:
+    if not seqs:
+        return []
+    tx.connection.execute(_LEASE, {"seqs": seqs, "until": tx.later(seconds)})
+    return _load(tx, seqs)
+
+
+def _load(tx: Transaction, seqs: Iterable[int]) -> list[Lease]:
+    return [
+        Lease(
+            Delivery(row.seq, row.subscription_id, envelope_of(row), row.attempts), row.lease_token
+        )
+        for row in tx.connection.execute(_LOAD, {"seqs": seqs})
+    ]
+
+
+def _held(tx: Transaction, leases: Sequence[Lease]) -> list[Lease]:
+    """Return those of the leases that are still theirs."""
+    rows = tx.connection.execute(_HELD, {"seqs": [lease.delivery.seq for lease in leases]})
+    tokens = {row.seq: row.lease_token for row in rows}
+    return [lease for lease in leases if tokens.get(lease.delivery.seq) == lease.token]
+
+
+def _grouped(
+    settlements: Sequence[Settlement],
+) -> dict[tuple[SettleAction, int], list[Settlement]]:
+    """Group what one statement can settle; most have the token 1."""
+    groups = defaultdict(list)
+    for settlement in settlements:
+        groups[settlement.action, settlement.lease.token].append(settlement)
+    return groups
+
+
+def _end(tx: Transaction, action: SettleAction, token: int, ended: Sequence[Settlement]) -> int:
+    seqs = [settlement.lease.delivery.seq for settlement in ended]
+    values = {"seqs": seqs, "token": token, "is_ready": action == SettleAction.RELEASE}
+    changed = tx.connection.execute(_END, values).rowcount
+    if action == SettleAction.RETRY:
+        rows = [{"its_seq": x.lease.delivery.seq, "its_due": tx.later(x.delay)} for x in ended]
+        tx.connection.execute(_SCHEDULE, rows)
+    return changed
+
+
+class Bell:
+    """Wakes the processes of this machine that consume: a Unix datagram each.
+
+    Each listener binds a socket in one folder of the data directory; who rings sends
+    the ids of the subscriptions that have something new to every socket there. A
+    listener that is awake already may miss one, and needs none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._socket: Any = None
+        self._path = ""
+        self._sender: Any = None
+
+    def listen(self) -> None:
+        """Bind this listener's socket.
+
+        :raises ProviderUnavailableError: when the folder cannot be written.
+        """
+        if self._socket is not None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
+            self._path = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            self._with_folder(self._socket.bind, self._path)
+        except OSError as exc:
+            self._socket = None
+            raise ProviderUnavailableError(f"QUEUE_DATA_DIR {self._folder}: {exc}") from exc
+
+    def ring(self, subscription_ids: set[int]) -> None:
+        """Wake who consumes any of these."""
+        if self._sender is None:
+            self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._sender.setblocking(False)
+        text = " ".join(map(str, subscription_ids)).encode()
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self._folder):
+                self._ring_one(name, text)
+
+    def wait(self, timeout: float, interrupt: int, mine: frozenset[int]) -> None:
+        """Wait until one of ``mine`` has something new, or ``interrupt`` is readable."""
+        deadline = monotonic() + timeout
+        while True:
+            left = max(deadline - monotonic(), 0)
+            readable, _, _ = wait_readable([interrupt, self._socket], [], [], left)
+            if self._socket not in readable or interrupt in readable or mine & self._heard():
+                return
+
+    def close(self) -> None:
+        """Unbind. Never raises."""
+        for each in (self._socket, self._sender):
+            if each is not None:
+                each.close()
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._folder / self._path)
+        self._socket = self._sender = None
+
+    def _heard(self) -> set[int]:
+        heard: set[int] = set()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                heard.update(map(int, self._socket.recv(65536).split()))
+        return heard
+
+    def _ring_one(self, name: str, text: bytes) -> None:
+        try:
+            self._with_folder(lambda path: self._sender.sendto(text, path), name)
+        except OSError as exc:
+            if exc.errno == errno.ECONNREFUSED:  # its process was killed
+                with contextlib.suppress(OSError):
+                    os.unlink(self._folder / name)
+
+    def _with_folder(self, use: Any, name: str) -> Any:
+        """Call ``use`` with an address of the socket that fits into the 108 bytes it may have."""
+        path = self._folder / name
+        if len(os.fsencode(path)) < 100:
+            return use(str(path))
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            return use(f"/proc/self/fd/{folder}/{name}")
+        finally:
+            os.close(folder)

@@ -1,0 +1,337 @@
+"""All settings, read once, all checked, frozen.
+
+A value comes from the environment, else from nameko's configuration (``config.yml``
+under the same name), else from the default that docs/settings.md lists.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from environs import Env, EnvError
+
+from shared.errors import PayloadError, SettingsError
+from shared.lifecycle import Backoff
+from shared.types import MAX_RETRIES_LIMIT, check_name
+
+BUILT_IN_PROVIDERS = ("embedded",)
+
+LARGEST_SECONDS = 86_400.0
+"""A day: nobody waits longer for a lease, a stop or a retry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a service listens for HTTP."""
+
+    host: str
+    port: int
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """How to reach MySQL or MariaDB."""
+
+    host: str
+    port: int
+    user: str
+    password: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """How failed attempts are repeated: how often, and after which time."""
+
+    limit: int
+    backoff: Backoff
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings of one process; times in seconds, sizes in bytes."""
+
+    provider: str
+    data_dir: Path
+    log: bool
+    max_payload_bytes: int
+    sources: Mapping[str, str]
+    lease: float
+    grace: float
+    retries: Retries
+    addresses: Mapping[str, Address]
+    admin_auth: str
+    admin_tokens: tuple[str, ...]
+    mail_url: str
+    mail_from: str
+    redis_host: str
+    redis_port: int
+    redis_password: str
+    redis_db: int
+    rabbitmq_host: str
+    rabbitmq_port: int
+    rabbitmq_username: str
+    rabbitmq_password: str
+    rabbitmq_vhost: str
+    database: Database | None
+
+    def queue_of(self, source: str) -> str:
+        """Return the queue that the events of service ``source`` form."""
+        return self.sources.get(source, source)
+
+    def source_of(self, queue: str) -> str:
+        """Return the service whose events form ``queue``."""
+        for source, name in self.sources.items():
+            if name == queue:
+                return source
+        return queue
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _number(lowest: float, highest: float, kind: type = int) -> Callable[[Any], Any]:
+    def parse(value: Any) -> Any:
+        try:
+            number = kind(_text(value))
+        except ValueError:
+            number = None
+        if number is None or not lowest <= number <= highest:
+            what = "a whole number" if kind is int else "a number"
+            raise EnvError(f"must be {what} from {lowest:g} to {highest:g}")
+        return number
+
+    return parse
+
+
+def _choice(*words: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in words:
+            raise EnvError(f"must be one of {', '.join(words)}")
+        return str(value)
+
+    return parse
+
+
+def _switch(value: Any) -> bool:
+    # YAML reads a bare on or off as a boolean
+    words = {"on": True, "off": False, "true": True, "false": False}
+    known = words.get(_text(value).lower())
+    if known is None:
+        raise EnvError("must be on or off")
+    return known
+
+
+def _needed(value: Any) -> str:
+    if not _text(value):
+        raise EnvError("must not be empty")
+    return _text(value)
+
+
+def _provider(value: Any) -> str:
+    name = _text(value)
+    if name in BUILT_IN_PROVIDERS:
+        return name
+    wanted = f"must be one of {', '.join(BUILT_IN_PROVIDERS)}, or package.module:Class"
+    match = re.fullmatch(r"([\w.]+):(\w+)", name)
+    if match is None:
+        raise EnvError(wanted)
+    try:
+        getattr(import_module(match[1]), match[2])
+    except (ImportError, AttributeError) as exc:
+        raise EnvError(f"{wanted}; {exc}") from exc
+    return name
+
+
+def _address(value: Any) -> Address:
+    match = re.fullmatch(r"(?:\[?([0-9A-Za-z.:-]*?)\]?:)?(\d{1,5})", _text(value))
+    if match is None or not int(match[2]) <= 65535:
+        raise EnvError("must be host:port, such as 127.0.0.1:3005")
+    return Address(match[1] or "127.0.0.1", int(match[2]))
+
+
+def _sources(value: Any) -> Mapping[str, str]:
+    wanted = "must be pairs source=queue, separated by commas"
+    pairs = [pair.strip() for pair in _text(value).split(",") if pair.strip()]
+    sources: dict[str, str] = {}
+    for pair in pairs:
+        source, equals, queue = pair.partition("=")
+        if not equals or source in sources:
+            raise EnvError(f"{wanted}, each source once")
+        try:
+            sources[check_name(source, "a source")] = check_name(queue, "a queue")
+        except PayloadError as exc:
+            raise EnvError(f"{wanted}; {exc}") from exc
+    if len(set(sources.values())) < len(sources):
+        raise EnvError(f"{wanted}; two sources cannot share one queue")
+    return MappingProxyType(sources)
+
+
+def _mail_url(value: Any) -> str:
+    url = urlsplit(_text(value))
+    try:
+        port_fits = url.port is None or url.port > 0
+    except ValueError:
+        port_fits = False
+    is_file = url.scheme == "file" and url.path
+    is_server = url.scheme in ("smtp", "smtps") and url.hostname and port_fits
+    if not is_file and not is_server:
+        raise EnvError("must be file:/path, smtp://[user:password@]host[:port] or smtps://…")
+    return _text(value)
+
+
+def _mail_from(value: Any) -> str:
+    if not re.fullmatch(r"[^@\s\x00-\x1f]+@[^@\s\x00-\x1f]+", _text(value)):
+        raise EnvError("must be a mail address, such as noreply@example.com")
+    return _text(value)
+
+
+def _tokens(value: Any) -> tuple[str, ...]:
+    """Tokens separated by commas or lines, or @/path of a file of them."""
+    text = _text(value)
+    if text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text()
+        except OSError as exc:
+            raise EnvError(f"cannot be read: {exc.strerror}") from exc
+    tokens = tuple(token.strip() for token in re.split(r"[,\n]", text) if token.strip())
+    if any(len(token) < 16 for token in tokens):
+        raise EnvError("must be tokens of 16 characters or more, separated by commas, or @/file")
+    return tokens
+
+
+def load_settings(config: Mapping[str, Any] | None = None) -> Settings:
+    """Read and check every setting.
+
+    :param config: nameko's configuration; the environment goes before it.
+    :raises SettingsError: with one line for the first value that may not be.
+    """
+    # nothing unhashable of nameko's own configuration is a setting of ours
+    plain = {k: v for k, v in (config or {}).items() if isinstance(v, str | int | float | None)}
+    return _Reader(plain).read()
+
+
+class _Reader:
+    """Reads variables through environs, with the configuration as their default."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._env = Env()
+
+    def get(self, name: str, default: Any, parse: Callable[[Any], Any]) -> Any:
+        parser = f"parse_{name}"
+        self._env.add_parser(parser, parse)
+        try:
+            return getattr(self._env, parser)(name, self._config.get(name, default))
+        except EnvError as exc:
+            said = exc.args[0].split("invalid: ", 1)[-1]
+            raise SettingsError(f"{name}: {said}") from exc
+
+    def read(self) -> Settings:
+        data_dir = Path(self.get("QUEUE_DATA_DIR", "./var", _needed))
+        admin = self.get("QUEUE_ADMIN_ADDRESS", "127.0.0.1:3005", _address)
+        settings = Settings(
+            provider=self.get("QUEUE_PROVIDER", "embedded", _provider),
+            data_dir=data_dir,
+            log=self.get("QUEUE_LOG", "on", _switch),
+            max_payload_bytes=self.get("QUEUE_MAX_PAYLOAD_BYTES", 1_048_576, _number(1, 1 << 30)),
+            sources=self.get("QUEUE_SOURCES", "auth_events=user-events", _sources),
+            lease=self.seconds("QUEUE_LEASE_SECONDS", 30, lowest=1),
+            grace=self.seconds("QUEUE_GRACE_SECONDS", 8),
+            retries=Retries(
+                limit=self.get("QUEUE_MAX_RETRIES", 3, _number(0, MAX_RETRIES_LIMIT)),
+                backoff=Backoff(
+                    base=self.seconds("QUEUE_RETRY_BASE_SECONDS", 1),
+                    factor=self.get("QUEUE_RETRY_FACTOR", 2, _number(1, 100, float)),
+                    cap=self.seconds("QUEUE_RETRY_CAP_SECONDS", 300),
+                ),
+            ),
+            addresses=MappingProxyType(
+                {
+                    "auth_events": self.get("AUTH_EVENTS_ADDRESS", "127.0.0.1:3001", _address),
+                    "company": self.get("COMPANY_ADDRESS", "127.0.0.1:3002", _address),
+                    "queue_admin": admin,
+                }
+            ),
+            admin_auth=self.get(
+                "QUEUE_ADMIN_AUTH",
+                "none" if admin.is_loopback else "token",
+                _choice("none", "token"),
+            ),
+            admin_tokens=self.get("QUEUE_ADMIN_TOKENS", "", _tokens),
+            mail_url=self.get("MAIL_URL", f"file:{data_dir.absolute() / 'mail'}", _mail_url),
+            mail_from=self.get("MAIL_FROM", "noreply@example.com", _mail_from),
+            redis_host=self.get("REDIS_HOST", "127.0.0.1", _needed),
+            redis_port=self.get("REDIS_PORT", 6379, _number(1, 65535)),
+            redis_password=self.get("REDIS_PASSWORD", "", _text),
+            redis_db=self.get("REDIS_DB", 1, _number(0, 1 << 20)),
+            rabbitmq_host=self.get("RABBITMQ_HOST", "127.0.0.1", _needed),
+            rabbitmq_port=self.get("RABBITMQ_PORT", 5672, _number(1, 65535)),
+            rabbitmq_username=self.get("RABBITMQ_USERNAME", "guest", _needed),
+            rabbitmq_password=self.get("RABBITMQ_PASSWORD", "guest", _text),
+            rabbitmq_vhost=self.get("RABBITMQ_VHOST", "/", _needed),
+            database=self.database(),
+        )
+        self.check_together(settings)
+        return settings
+
+    def seconds(self, name: str, default: float, lowest: float = 0) -> float:
+        return float(self.get(name, default, _number(lowest, LARGEST_SECONDS, float)))
+
+    def database(self) -> Database | None:
+        host = self.get("DB_HOST", "", _text)
+        database = Database(
+            host=host,
+            port=self.get("DB_PORT", 3306, _number(1, 65535)),
+            user=self.get("DB_USER", "queue_user", _needed),
+            password=self.get("DB_PASSWORD", "", _text),
+            name=self.get("DB_NAME", "queue_service", _needed),
+        )
+        return database if host else None
+
+    def check_together(self, settings: Settings) -> None:
+        if not settings.log and settings.provider == "embedded":
+            raise SettingsError("QUEUE_LOG: must be on with QUEUE_PROVIDER=embedded, which is it")
+        if settings.admin_auth == "token" and not settings.admin_tokens:
+            raise SettingsError(
+                "QUEUE_ADMIN_TOKENS: must hold a token where QUEUE_ADMIN_AUTH is token, its "
+                "default off loopback; QUEUE_ADMIN_AUTH=none opens it to everyone"
+            )
+
+
+def settings_or_exit(config: Mapping[str, Any]) -> Settings:
+    """Return the settings for a service that starts, or end the process with status 2.
+
+    nameko's own way to refuse a configuration ends with status 0.
+    """
+    try:
+        return load_settings(config)
+    except SettingsError as exc:
+        refuse_start(exc)
+
+
+def refuse_start(reason: object) -> NoReturn:
+    """End the process before it serves anything: one line on standard error, status 2."""
+    print(f"Error: {reason}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,248 @@
+"""Attempts: how the deliveries that a worker has begin and end, in the message log.
+
+All moves are guarded: a row changes only if it is still in a state that
+``lifecycle.py`` lets go there. Who calls refreshes the messages that were touched
+(:func:`shared.store.summary.refresh`), once for all steps of a transaction.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, bindparam, case, insert, literal, or_, select, update
+
+from shared.database import Transaction
+from shared.lifecycle import FINAL, MAX_TAKEOVERS, DeliveryStatus, sources_of
+from shared.tables import attempts, deliveries, messages
+from shared.types import Failure, Lease, Outcome, SettleAction, Settlement
+
+c = deliveries.c
+
+
+@dataclass(slots=True)
+class Started:
+    """What :func:`start` found: what to run, and what is settled already."""
+
+    run: list[Lease] = field(default_factory=list)
+    settled: list[Settlement] = field(default_factory=list)
+
+
+def _may_become(status: DeliveryStatus) -> ColumnElement[bool]:
+    return or_(*[c.status == before for before in sources_of(status)])
+
+
+_SEQS = bindparam("seqs", expanding=True)
+
+_LOCK_MESSAGES = (
+    select(messages.c.id)
+    .where(messages.c.id.in_(bindparam("ids", expanding=True)))
+    .order_by(messages.c.id)
+    .with_for_update()
+)
+_STATES = select(
+    c.seq, c.status, c.lease_token, c.attempts, c.takeovers, c.started_at, c.worker
+).where(c.seq.in_(_SEQS))
+_BEGIN = (
+    update(deliveries)
+    .where(
+        c.seq.in_(_SEQS),
+        # what was taken over is processing already, by a worker that is gone
+        or_(_may_become(DeliveryStatus.PROCESSING), c.status == DeliveryStatus.PROCESSING),
+    )
+    .values(
+        status=DeliveryStatus.PROCESSING,
+        lease_token=bindparam("token"),
+        worker=bindparam("by"),
+        started_at=bindparam("now"),
+        available_at=None,
+    )
+)
+_COUNT_TAKEOVER = (
+    update(deliveries).where(c.seq == bindparam("its_seq")).values(takeovers=c.takeovers + 1)
+)
+_COMPLETE = (
+    update(deliveries)
+    .where(c.seq.in_(_SEQS), _may_become(DeliveryStatus.COMPLETED))
+    .values(
+        status=DeliveryStatus.COMPLETED,
+        attempts=c.attempts + 1,
+        processed_at=bindparam("now"),
+        error_type=None,
+        error_message=None,
+    )
+)
+_HAND_BACK = (
+    update(deliveries)
+    .where(c.seq.in_(_SEQS), c.status == DeliveryStatus.PROCESSING)
+    .values(
+        status=case(
+            (c.attempts > 0, literal(DeliveryStatus.RETRY.value)),
+            else_=literal(DeliveryStatus.PENDING.value),
+        )
+    )
+)
+
+
+def _failing(status: DeliveryStatus, **values: Any) -> Any:
+    return (
+        update(deliveries)
+        .where(c.seq == bindparam("its_seq"), _may_become(status))
+        .values(
+            status=status,
+            attempts=c.attempts + 1,
+            error_type=bindparam("its_error_type"),
+            error_message=bindparam("its_error"),
+            **values,
+        )
+    )
+
+
+_TO_RETRY = _failing(DeliveryStatus.RETRY, available_at=bindparam("its_due"))
+_TO_FAILED = _failing(DeliveryStatus.FAILED, processed_at=bindparam("its_end"))
+
+
+def start(tx: Transaction, leases: Sequence[Lease], worker: str) -> Started:
+    """Note that attempts begin, and sort out what is not to run.
+
+    A delivery whose outcome is stored is settled as stored. One that was taken over
+    too often is taken to be what kills its workers, and becomes a dead letter.
+    """
+    states = _lock(tx, leases)
+    started = Started()
+    for lease in leases:
+        state = states.get(lease.delivery.seq)
+        if state is None or state.status in FINAL:
+            started.settled.append(Settlement(lease, _stored_action(state)))
+        elif state.status != DeliveryStatus.PROCESSING or _take_over(tx, lease, state):
+            started.run.append(lease)
+        else:
+            started.settled.append(Settlement(lease, SettleAction.DEAD_LETTER))
+    _begin(tx, started.run, worker)
+    return started
+
+
+def record(tx: Transaction, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], list[Outcome]]:
+    """Store how attempts ended; return those stored, and those refused.
+
+    Refused is what comes from a worker whose lease was lost: by its token.
+    """
+    states = _lock(tx, [outcome.lease for outcome in outcomes])
+    stored: list[Outcome] = []
+    refused: list[Outcome] = []
+    ended: dict[DeliveryStatus, list[tuple[Any, Outcome]]] = defaultdict(list)
+    for outcome in outcomes:
+        state = states.get(outcome.lease.delivery.seq)
+        if state is None or not _is_held(state, outcome.lease):
+            refused.append(outcome)
+        else:
+            stored.append(outcome)
+            ended[outcome.status].append((state, outcome))
+    for status, its in ended.items():
+        _MOVES[status](tx, its)
+    return stored, refused
+
+
+def _is_held(state: Any, lease: Lease) -> bool:
+    is_running: bool = state.status == DeliveryStatus.PROCESSING
+    return is_running and state.lease_token == lease.token
+
+
+def _lock(tx: Transaction, leases: Sequence[Lease]) -> dict[int, Any]:
+    """Lock messages, always in the same order, then read the deliveries as they are now."""
+    if tx.connection.dialect.name != "sqlite":  # there the whole transaction is the lock
+        ids = sorted({lease.delivery.message.id for lease in leases})
+        tx.connection.execute(_LOCK_MESSAGES, {"ids": ids})
+    rows = tx.connection.execute(_STATES, {"seqs": [lease.delivery.seq for lease in leases]})
+    return {row.seq: row for row in rows}
+
+
+def _stored_action(state: Any) -> SettleAction:
+    if state is not None and state.status == DeliveryStatus.FAILED:
+        return SettleAction.DEAD_LETTER
+    return SettleAction.ACKNOWLEDGE
+
+
+def _begin(tx: Transaction, leases: Sequence[Lease], worker: str) -> None:
+    by_token = defaultdict(list)
+    for lease in leases:
+        by_token[lease.token].append(lease.delivery.seq)
+    for token, seqs in by_token.items():
+        values = {"seqs": seqs, "token": token, "by": worker, "now": tx.now}
+        tx.connection.execute(_BEGIN, values)
+
+
+def _take_over(tx: Transaction, lease: Lease, state: Any) -> bool:
+    """Note that a worker died; say whether the delivery may have another."""
+    tx.connection.execute(_COUNT_TAKEOVER, {"its_seq": state.seq})
+    takeovers = state.takeovers + 1
+    if takeovers < MAX_TAKEOVERS:
+        lost = Failure("WorkerLost", f"{state.worker} stopped renewing its lease")
+        _write_history(tx, [(state, "taken_over", lost, None)])
+        return True
+    lost = Failure("WorkerLost", f"{takeovers} workers died with it; the last was {state.worker}")
+    _fail(tx, [(state, Outcome(lease, DeliveryStatus.FAILED, lost))])
+    return False
+
+
+def _complete(tx: Transaction, ended: list[tuple[Any, Outcome]]) -> None:
+    tx.connection.execute(_COMPLETE, {"seqs": [state.seq for state, _ in ended], "now": tx.now})
+
+
+def _hand_back(tx: Transaction, ended: list[tuple[Any, Outcome]]) -> None:
+    """Give deliveries up unburnt: as if they had not been reserved."""
+    tx.connection.execute(_HAND_BACK, {"seqs": [state.seq for state, _ in ended]})
+    _write_history(tx, [(state, "released", x.failure, None) for state, x in ended])
+
+
+def _retry(tx: Transaction, ended: list[tuple[Any, Outcome]]) -> None:
+    rows = [{**_error_row(state, x), "its_due": tx.later(x.delay)} for state, x in ended]
+    tx.connection.execute(_TO_RETRY, rows)
+    _write_history(tx, [(state, "retry", x.failure, tx.later(x.delay)) for state, x in ended])
+
+
+def _fail(tx: Transaction, ended: list[tuple[Any, Outcome]]) -> None:
+    rows = [{**_error_row(state, x), "its_end": tx.now} for state, x in ended]
+    tx.connection.execute(_TO_FAILED, rows)
+    _write_history(tx, [(state, "failed", x.failure, None) for state, x in ended])
+
+
+_MOVES = {
+    DeliveryStatus.COMPLETED: _complete,
+    DeliveryStatus.RETRY: _retry,
+    DeliveryStatus.FAILED: _fail,
+    DeliveryStatus.PENDING: _hand_back,
+}
+
+
+def _error_row(state: Any, outcome: Outcome) -> dict[str, Any]:
+    failure = outcome.failure or Failure("Unknown", "")
+    return {
+        "its_seq": state.seq,
+        "its_error_type": failure.type[:255],
+        "its_error": failure.message,
+    }
+
+
+def _write_history(
+    tx: Transaction, ended: Iterable[tuple[Any, str, Failure | None, datetime | None]]
+) -> None:
+    rows = [
+        {
+            "delivery_seq": state.seq,
+            "number": state.attempts + 1,
+            "outcome": word,
+            "started_at": state.started_at,
+            "ended_at": tx.now,
+            "retry_at": retry_at,
+            "worker": state.worker,
+            "error_type": failure.type[:255] if failure else None,
+            "error_message": failure.message if failure else None,
+            "traceback": failure.traceback or None if failure else None,
+        }
+        for state, word, failure, retry_at in ended
+    ]
+    tx.connection.execute(insert(attempts), rows)

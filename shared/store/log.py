@@ -1,0 +1,175 @@
+"""The message log: what was dispatched, and what became of it.
+
+Each function is one step of an event's way, for many at once, within a
+transaction that the caller opened. All moves are guarded: a row changes only if
+it is still in a state that ``lifecycle.py`` lets go there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import and_, bindparam, insert, select, update
+
+from shared.database import Transaction
+from shared.errors import MessageNotFoundError, NothingToRetryError
+from shared.lifecycle import (
+    DeliveryStatus,
+    MessageStatus,
+)
+from shared.store.subscriptions import subscribers_of
+from shared.store.summary import refresh
+from shared.tables import (
+    MESSAGE_COLUMNS,
+    OWN_METADATA,
+    deliveries,
+    envelope_of,
+    messages,
+)
+from shared.types import Delivery, Envelope
+
+# Statements of the way that each event goes are built once: building one takes longer
+# than executing it.
+_STORED = select(messages.c.id).where(messages.c.id.in_(bindparam("ids", expanding=True)))
+_ADD_MESSAGES = insert(messages)
+_ADD_DELIVERIES = insert(deliveries)
+_DELIVERIES_OF = (
+    select(
+        deliveries.c.seq,
+        deliveries.c.message_id,
+        deliveries.c.subscription_id,
+        deliveries.c.available_at,
+    )
+    .where(deliveries.c.message_id.in_(bindparam("ids", expanding=True)))
+    .order_by(deliveries.c.seq)
+)
+
+# --- dispatch
+
+
+def append(
+    tx: Transaction, envelopes: Sequence[Envelope], max_retries: int, *, again: bool = False
+) -> list[Delivery]:
+    """Store messages and a delivery for each subscription that is known now.
+
+    :param max_retries: what ``queue_messages.max_retries`` says where the dispatch did not.
+    :param again: some may be stored already (by an earlier try); those are left alone.
+    :returns: the new deliveries in their order, to be published.
+    """
+    if again:
+        stored = stored_ids(tx, [envelope.id for envelope in envelopes])
+        envelopes = [envelope for envelope in envelopes if envelope.id not in stored]
+    if not envelopes:
+        return []
+    subscribers = subscribers_of(tx, envelopes)
+    timed = [_with_times(tx, envelope) for envelope in envelopes]
+    tx.connection.execute(
+        _ADD_MESSAGES,
+        [_message_row(tx, e, max_retries, (e.queue, e.type) in subscribers) for e in timed],
+    )
+    rows = [
+        {
+            "message_id": e.id,
+            "subscription_id": subscription_id,
+            "priority_rank": e.priority.rank,
+            "available_at": e.scheduled_at if e.scheduled_at and e.scheduled_at > tx.now else None,
+        }
+        for e in timed
+        for subscription_id in subscribers.get((e.queue, e.type), ())
+    ]
+    if not rows:
+        return []
+    tx.connection.execute(_ADD_DELIVERIES, rows)
+    return _new_deliveries(tx, timed)
+
+
+def stored_ids(tx: Transaction, ids: Sequence[str]) -> set[str]:
+    """Return which of these message ids are stored."""
+    return set(tx.connection.execute(_STORED, {"ids": ids}).scalars())
+
+
+def _with_times(tx: Transaction, envelope: Envelope) -> Envelope:
+    scheduled_at = envelope.scheduled_at
+    if envelope.delay is not None:
+        scheduled_at = tx.later(envelope.delay)
+    return replace(envelope, scheduled_at=scheduled_at, delay=None, created_at=tx.now)
+
+
+def _message_row(
+    tx: Transaction, envelope: Envelope, max_retries: int, is_routed: bool
+) -> dict[str, Any]:
+    return {
+        "id": envelope.id,
+        "queue_name": envelope.queue,
+        "message_type": envelope.type,
+        "payload": envelope.body,
+        "status": MessageStatus.PENDING if is_routed else MessageStatus.COMPLETED,
+        "priority": envelope.priority,
+        "max_retries": max_retries if envelope.max_retries is None else envelope.max_retries,
+        "processed_at": None if is_routed else tx.now,
+        "scheduled_at": envelope.scheduled_at,
+        "metadata": json.dumps(_kept_metadata(envelope), ensure_ascii=False),
+        "created_at": tx.now,
+        "updated_at": tx.now,
+    }
+
+
+def _kept_metadata(envelope: Envelope) -> dict[str, Any]:
+    # The table has one column for it, the default of the setting included: only here
+    # can be seen whether the dispatch itself said how often to try.
+    if envelope.max_retries is None:
+        return dict(envelope.metadata)
+    own = {**envelope.metadata.get(OWN_METADATA, {}), "max_retries": envelope.max_retries}
+    return {**envelope.metadata, OWN_METADATA: own}
+
+
+def _new_deliveries(tx: Transaction, envelopes: Sequence[Envelope]) -> list[Delivery]:
+    by_id = {envelope.id: envelope for envelope in envelopes}
+    rows = tx.connection.execute(_DELIVERIES_OF, {"ids": list(by_id)})
+    return [
+        Delivery(
+            seq=row.seq,
+            subscription_id=row.subscription_id,
+            message=by_id[row.message_id],
+            delay=(row.available_at - tx.now).total_seconds() if row.available_at else 0.0,
+        )
+        for row in rows
+    ]
+
+
+# --- repair
+
+
+def retry_failed(tx: Transaction, message_id: str) -> list[Delivery]:
+    """Let the failed deliveries of a message wait again, attempts counted from zero.
+
+    :returns: them, to be published.
+    :raises MessageNotFoundError: when there is no such message.
+    :raises NothingToRetryError: when none of its deliveries had failed.
+    """
+    row = tx.connection.execute(select(*MESSAGE_COLUMNS).where(messages.c.id == message_id)).first()
+    if row is None:
+        raise MessageNotFoundError(f"no message {message_id}")
+    c = deliveries.c
+    failed = and_(c.message_id == message_id, c.status == DeliveryStatus.FAILED)
+    found = tx.connection.execute(select(c.seq, c.subscription_id).where(failed)).all()
+    if not found:
+        raise NothingToRetryError(f"message {message_id} has no failed delivery")
+    tx.connection.execute(
+        update(deliveries)
+        .where(failed)
+        .values(
+            status=DeliveryStatus.PENDING,
+            attempts=0,
+            takeovers=0,
+            processed_at=None,
+            error_type=None,
+            error_message=None,
+        )
+    )
+    refresh(tx, [message_id])
+    envelope = envelope_of(row)
+    return [Delivery(row.seq, row.subscription_id, envelope) for row in found]

@@ -1,0 +1,107 @@
+"""Migrations: the message log's own, and those of each service that has tables."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, MetaData, inspect, text
+
+from shared.tables import metadata
+
+ENTRY_POINT_GROUP = "queue_service.tables"
+"""``name = package.models:Base``: a service's tables; its migrations lie beside the module."""
+
+ENVIRONMENT = Path(__file__).parent / "migrations"
+
+
+@dataclass(frozen=True, slots=True)
+class Migrations:
+    """A set of migrations that belong together: versions, and where the current one is kept."""
+
+    name: str
+    versions: Path
+    metadata: MetaData
+
+    @property
+    def version_table(self) -> str:
+        """The table that holds the version that a database is at."""
+        return f"{self.name}_version"
+
+    def newest(self) -> str:
+        """Return the newest version: the number that its file's name begins with."""
+        return max(file.name.split("_")[0] for file in self.versions.glob("[0-9]*_*.py"))
+
+    def current(self, connection: Connection) -> str | None:
+        """Return the version that the database is at; ``None`` before the first."""
+        if not inspect(connection).has_table(self.version_table):
+            return None
+        found = connection.execute(text(f"SELECT version_num FROM {self.version_table}"))  # noqa: S608
+        version: str | None = found.scalar()
+        return version
+
+
+LOG = Migrations("queue", ENVIRONMENT / "versions", metadata)
+
+
+def service_migrations(name: str, base: Any) -> Migrations:
+    """Return the migrations of a service whose declarative base is ``base``."""
+    module = import_module(base.__module__)
+    assert module.__file__ is not None
+    return Migrations(name, Path(module.__file__).parent / "migrations", base.metadata)
+
+
+def all_migrations() -> Iterator[Migrations]:
+    """Yield the log's migrations and those of every installed service."""
+    yield LOG
+    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda each: each.name):
+        yield service_migrations(point.name, point.load())
+
+
+def upgrade(engine: Engine, migrations: Migrations) -> str | None:
+    """Bring a database to the newest version; return it, or ``None`` if it was there already."""
+    with engine.connect() as connection:
+        newest = migrations.newest()
+        current = migrations.current(connection)
+        connection.rollback()
+        # a database from a newer release is left alone: its tables still fit
+        if current is not None and current >= newest:
+            return None
+        _run(connection, migrations)
+        connection.commit()
+        return newest
+
+
+def upgrade_sqlite(engine: Engine, migrations: Migrations) -> None:
+    """Like :func:`upgrade`, when several processes may start on one file at once."""
+    with _locked(Path(str(engine.url.database) + ".migrate.lock")):
+        upgrade(engine, migrations)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _run(connection: Connection, migrations: Migrations) -> None:
+    # imported only where there is something to do: it takes longer than a start should
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(ENVIRONMENT))
+    config.set_main_option("version_locations", str(migrations.versions))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    config.attributes["metadata"] = migrations.metadata
+    config.attributes["version_table"] = migrations.version_table
+    command.upgrade(config, "head")

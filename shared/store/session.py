@@ -1,0 +1,33 @@
+"""A session of a service's own database for each worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import eventlet
+from nameko_sqlalchemy import DB_URIS_KEY
+from nameko_sqlalchemy import DatabaseSession as NamekoDatabaseSession
+from sqlalchemy.orm import sessionmaker
+
+from shared.database import database_url, make_engine
+from shared.settings import settings_or_exit
+from shared.store.migrate import service_migrations, upgrade_sqlite
+
+
+class DatabaseSession(NamekoDatabaseSession):  # type: ignore[misc]
+    """nameko-sqlalchemy's, with a URI from the settings where the config has no ``DB_URIS``.
+
+    On SQLite it makes the service's tables at start, and a transaction takes the
+    file's write lock when it begins: hold none open over a call that may be slow.
+    """
+
+    def setup(self) -> None:
+        if DB_URIS_KEY in self.container.config:
+            super().setup()
+            return
+        service = self.container.service_name
+        url = database_url(settings_or_exit(self.container.config), service)
+        self.engine: Any = make_engine(url, eventlet.sleep, **self.engine_options)
+        self.Session = sessionmaker(bind=self.engine, **self.session_options)
+        if self.engine.dialect.name == "sqlite":
+            upgrade_sqlite(self.engine, service_migrations(service, self.declarative_base))

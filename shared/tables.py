@@ -1,0 +1,235 @@
+"""The tables of the message log, below both ``store`` and ``providers``.
+
+``queue_messages`` has exactly the columns, types and names of the system that
+this one succeeds. ``queue_deliveries`` holds what it cannot. Times are UTC;
+the database's clock sets them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Enum,
+    FetchedValue,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.mysql import DATETIME, LONGTEXT, TIMESTAMP
+from sqlalchemy.types import Boolean, UserDefinedType
+
+from shared.lifecycle import DeliveryStatus, MessageStatus
+from shared.types import Envelope, Priority
+
+metadata = MetaData()
+
+
+class JsonText(UserDefinedType[str]):
+    """A JSON column that takes and gives JSON text.
+
+    A payload is encoded once, at dispatch, and decoded once, for its handler.
+    """
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        """Name the column's type: JSON in each database that we use."""
+        return "JSON"
+
+
+def _words(enum: Any) -> Enum:
+    # ENUM on MySQL and MariaDB, as the seed has it; a checked VARCHAR elsewhere.
+    values = [member.value for member in enum]
+    return Enum(*values, native_enum=True, create_constraint=True, name=enum.__name__.lower())
+
+
+def _seconds() -> Any:
+    return DateTime().with_variant(TIMESTAMP(), "mysql", "mariadb")
+
+
+def millis() -> Any:
+    """A time to the millisecond."""
+    return DateTime().with_variant(DATETIME(fsp=3), "mysql", "mariadb")
+
+
+def big_key() -> Any:
+    """A 64-bit number that counts by itself (SQLite does that for INTEGER alone)."""
+    return BigInteger().with_variant(Integer(), "sqlite")
+
+
+NOW = text("CURRENT_TIMESTAMP")
+
+messages = Table(
+    "queue_messages",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("queue_name", String(255), nullable=False),
+    Column("message_type", String(255), nullable=False),
+    Column("payload", JsonText(), nullable=False),
+    Column("status", _words(MessageStatus), server_default="pending"),
+    Column("priority", _words(Priority), server_default="normal"),
+    Column("retry_count", Integer, server_default="0"),
+    Column("max_retries", Integer, server_default="3"),
+    Column("processed_at", _seconds(), nullable=True),
+    Column("scheduled_at", _seconds(), nullable=True),
+    Column("error_message", Text, nullable=True),
+    Column("metadata", JsonText(), nullable=True),
+    Column("created_at", _seconds(), server_default=NOW),
+    # MySQL and MariaDB add ON UPDATE in the migration; elsewhere each move sets it.
+    Column("updated_at", _seconds(), server_default=NOW, server_onupdate=FetchedValue()),
+    CheckConstraint(
+        "status <> 'completed' OR processed_at IS NOT NULL", name="completed_is_processed"
+    ),
+    Index("ix_queue_messages_queue_status", "queue_name", "status", "created_at"),
+    Index("ix_queue_messages_status", "status", "created_at"),
+)
+
+subscriptions = Table(
+    "queue_subscriptions",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("queue_name", String(200), nullable=False),
+    Column("source", String(200), nullable=False),
+    Column("message_type", String(200), nullable=False),
+    Column("subscriber", String(255), nullable=False),
+    Column("handler_type", String(20), nullable=False),
+    Column("reliable", Boolean, nullable=False),
+    Column("created_at", millis(), nullable=False),
+    # The last sign of life of an instance that consumes it.
+    Column("seen_at", millis(), nullable=True),
+    # Set when nobody shall get events by it any more; registering takes it back.
+    Column("retired_at", millis(), nullable=True),
+    # While set, nothing is reserved for it.
+    Column("paused_at", millis(), nullable=True),
+    UniqueConstraint("queue_name", "message_type", "subscriber", name="uq_queue_subscriptions"),
+    mysql_charset="utf8mb4",
+)
+
+deliveries = Table(
+    "queue_deliveries",
+    metadata,
+    Column("seq", big_key(), primary_key=True, autoincrement=True),
+    Column("message_id", String(36), ForeignKey("queue_messages.id"), nullable=False),
+    Column("subscription_id", Integer, ForeignKey("queue_subscriptions.id"), nullable=False),
+    Column("status", _words(DeliveryStatus), nullable=False, server_default="pending"),
+    # Attempts burnt: handed back and taken over ones do not count.
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("takeovers", Integer, nullable=False, server_default="0"),
+    # Set while it waits for a time: its schedule, or the next attempt.
+    Column("available_at", millis(), nullable=True),
+    Column("started_at", millis(), nullable=True),
+    Column("processed_at", millis(), nullable=True),
+    Column("worker", String(255), nullable=True),
+    Column("error_type", String(255), nullable=True),
+    Column("error_message", Text, nullable=True),
+    # What the embedded provider queues by. ``ready`` is 1 while it may be reserved;
+    # ``priority_rank`` 0 goes first, then the smaller ``seq``.
+    Column("priority_rank", SmallInteger, nullable=False),
+    Column("ready", Boolean, nullable=False, server_default="0"),
+    # The fencing token; the log compares it before it believes an outcome.
+    Column("lease_token", BigInteger, nullable=False, server_default="0"),
+    Column("lease_expires_at", millis(), nullable=True),
+    CheckConstraint(
+        "status <> 'completed' OR processed_at IS NOT NULL", name="delivery_completed_is_processed"
+    ),
+    CheckConstraint("status <> 'failed' OR error_message IS NOT NULL", name="failed_has_error"),
+    Index("ix_queue_deliveries_message", "message_id"),
+    Index("ix_queue_deliveries_status", "subscription_id", "status"),
+    Index(
+        "ix_queue_deliveries_ready",
+        "subscription_id",
+        "ready",
+        "priority_rank",
+        "seq",
+        sqlite_where=text("ready = 1"),
+    ),
+    Index(
+        "ix_queue_deliveries_available",
+        "subscription_id",
+        "available_at",
+        sqlite_where=text("available_at IS NOT NULL"),
+    ),
+    Index(
+        "ix_queue_deliveries_lease",
+        "subscription_id",
+        "lease_expires_at",
+        sqlite_where=text("lease_expires_at IS NOT NULL"),
+    ),
+)
+
+attempts = Table(
+    "queue_attempts",
+    metadata,
+    Column("id", big_key(), primary_key=True, autoincrement=True),
+    Column("delivery_seq", big_key(), ForeignKey("queue_deliveries.seq"), nullable=False),
+    # 1 is the first; an operator's retry starts again from 1.
+    Column("number", Integer, nullable=False),
+    Column("outcome", String(20), nullable=False),
+    Column("started_at", millis(), nullable=True),
+    Column("ended_at", millis(), nullable=False),
+    # When the next attempt was to start, where there was to be one.
+    Column("retry_at", millis(), nullable=True),
+    Column("worker", String(255), nullable=True),
+    Column("error_type", String(255), nullable=True),
+    Column("error_message", Text, nullable=True),
+    Column("traceback", Text().with_variant(LONGTEXT(), "mysql", "mariadb"), nullable=True),
+    Index("ix_queue_attempts_delivery", "delivery_seq"),
+)
+"""The history: one row for each attempt that ended otherwise than by completing."""
+
+audit_log = Table(
+    "queue_audit_log",
+    metadata,
+    Column("id", big_key(), primary_key=True, autoincrement=True),
+    Column("at", millis(), nullable=False),
+    Column("actor", String(255), nullable=False),
+    Column("action", String(50), nullable=False),
+    Column("target", String(255), nullable=False),
+    Column("detail", JsonText(), nullable=True),
+)
+"""Who did what through queue_admin."""
+
+
+OWN_METADATA = "nameko"
+"""The key of ``queue_messages.metadata`` under which the suite keeps what it needs itself."""
+
+MESSAGE_COLUMNS = (
+    messages.c.id,
+    messages.c.queue_name,
+    messages.c.message_type,
+    messages.c.payload,
+    messages.c.priority,
+    messages.c.scheduled_at,
+    messages.c.metadata,
+    messages.c.created_at,
+)
+"""What :func:`envelope_of` reads."""
+
+
+def envelope_of(row: Any) -> Envelope:
+    """Make the envelope again from a row with :data:`MESSAGE_COLUMNS`."""
+    kept = json.loads(row.metadata or "{}")
+    return Envelope(
+        id=row.id,
+        queue=row.queue_name,
+        type=row.message_type,
+        body=row.payload,
+        priority=Priority(row.priority),
+        max_retries=kept.get(OWN_METADATA, {}).get("max_retries"),
+        scheduled_at=row.scheduled_at,
+        metadata=kept,
+        created_at=row.created_at,
+    )

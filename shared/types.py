@@ -1,0 +1,248 @@
+"""The values that travel between dispatcher, log, provider and handler.
+
+All of them are frozen: to change one is to make a copy (:func:`dataclasses.replace`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from shared.errors import PayloadError
+from shared.lifecycle import DeliveryStatus
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+"""What queue names and message types match, whole."""
+
+MAX_JSON_DEPTH = 64
+"""Levels of nesting in a payload; what reads it later may well recurse."""
+
+MAX_RETRIES_LIMIT = 100
+"""The most that ``max_retries`` may be; 100 waits at the cap are 8 hours."""
+
+
+class Priority(StrEnum):
+    """How urgent a message is among those that wait."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+    URGENT = "urgent"
+
+    @property
+    def rank(self) -> int:
+        """The place in the order of delivery: 0 goes first."""
+        return _RANKS[self]
+
+
+_RANKS = {Priority.URGENT: 0, Priority.HIGH: 1, Priority.NORMAL: 2, Priority.LOW: 3}
+
+
+LONGEST_ROUTE_BYTES = 255
+"""RabbitMQ's limit for what source, event type and subscriber make together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """Who wants which events of which queue.
+
+    :param queue: the queue's name, such as ``user-events``.
+    :param source: the service that dispatches into it, such as ``auth_events``.
+    :param event_type: such as ``user.registered``.
+    :param subscriber: ``service.method`` and the like; see the design of names in ARCHITECTURE.md.
+    :param reliable: whether events wait for it while no instance runs.
+    :param id: its row in ``queue_subscriptions``; 0 before it is registered.
+    """
+
+    queue: str
+    source: str
+    event_type: str
+    subscriber: str
+    handler_type: str = "service_pool"
+    reliable: bool = True
+    id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """One dispatched event with all that travels beside its payload.
+
+    :param id: the message id, a UUID made by whoever dispatches.
+    :param body: the payload as JSON text.
+    :param max_retries: what the dispatch said; ``None`` leaves it to handler and setting.
+    :param scheduled_at: naive UTC; not handed to a handler before.
+    :param delay: seconds after being stored, by the database's clock; becomes ``scheduled_at``.
+    :param created_at: naive UTC, set by the database.
+    """
+
+    id: str
+    queue: str
+    type: str
+    body: str
+    priority: Priority = Priority.NORMAL
+    max_retries: int | None = None
+    scheduled_at: datetime | None = None
+    delay: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    created_at: datetime | None = None
+
+    @property
+    def payload(self) -> Any:
+        """The payload, decoded anew at each call."""
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message on its way to one subscription.
+
+    :param seq: its number in the order of dispatch.
+    :param subscription_id: the row of ``queue_subscriptions``.
+    :param attempts: attempts burnt so far.
+    :param delay: seconds from now until it may be reserved.
+    """
+
+    seq: int
+    subscription_id: int
+    message: Envelope
+    attempts: int = 0
+    delay: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A delivery in the hands of one worker, until it settles or stops renewing.
+
+    :param token: the fencing token: larger with each reservation of the delivery.
+    """
+
+    delivery: Delivery
+    token: int
+
+
+class SettleAction(StrEnum):
+    """What a provider is told to do with a leased delivery."""
+
+    ACKNOWLEDGE = "acknowledge"
+    RETRY = "retry"
+    DEAD_LETTER = "dead_letter"
+    RELEASE = "release"
+
+
+class Settlement(NamedTuple):
+    """One leased delivery and what is to become of it; ``delay`` in seconds, for RETRY."""
+
+    lease: Lease
+    action: SettleAction
+    delay: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What went wrong in an attempt, as text to be stored."""
+
+    type: str
+    message: str
+    traceback: str = ""
+
+
+class Outcome(NamedTuple):
+    """How one attempt ended.
+
+    :param status: COMPLETED, RETRY, FAILED, or PENDING for handed back unburnt.
+    :param delay: seconds until the next attempt, for RETRY.
+    """
+
+    lease: Lease
+    status: DeliveryStatus
+    failure: Failure | None = None
+    delay: float = 0.0
+
+    def settlement(self) -> Settlement:
+        """Return what the provider is told."""
+        return Settlement(self.lease, _SETTLES[self.status], self.delay)
+
+
+_SETTLES = {
+    DeliveryStatus.COMPLETED: SettleAction.ACKNOWLEDGE,
+    DeliveryStatus.RETRY: SettleAction.RETRY,
+    DeliveryStatus.FAILED: SettleAction.DEAD_LETTER,
+    DeliveryStatus.PENDING: SettleAction.RELEASE,
+}
+
+
+_id_last = (0, 0)
+
+
+def new_message_id() -> str:
+    """Make a UUID version 7 (RFC 9562, method 1 of 6.2): ids of one process sort by age."""
+    global _id_last
+    millisecond, counter = time.time_ns() // 1_000_000, 0
+    if millisecond <= _id_last[0]:
+        millisecond, counter = _id_last[0], _id_last[1] + 1
+        if counter > 0xFFF:
+            millisecond, counter = millisecond + 1, 0
+    _id_last = (millisecond, counter)
+    low = int.from_bytes(os.urandom(8), "big") & ((1 << 62) - 1)
+    return str(uuid.UUID(int=millisecond << 80 | 0x7 << 76 | counter << 64 | 0b10 << 62 | low))
+
+
+def encode_payload(payload: Any, max_bytes: int) -> str:
+    """Return ``payload`` as compact JSON text.
+
+    :raises PayloadError: when it is not JSON, holds NaN, Infinity or NUL, nests deeper
+        than :data:`MAX_JSON_DEPTH` or is larger than ``max_bytes`` in UTF-8.
+    """
+    check_json(payload)
+    try:
+        body = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        size = len(body.encode())
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise PayloadError({"payload": f"is not JSON: {exc}"}) from exc
+    if size > max_bytes:
+        raise PayloadError({"payload": f"has {size} bytes; at most {max_bytes} are allowed"})
+    return body
+
+
+def check_json(value: Any, field_name: str = "payload") -> None:
+    """Check what JSON alone does not: depth, NUL, and keys that are not text.
+
+    :raises PayloadError: naming ``field_name``.
+    """
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                if not all(isinstance(key, str) for key in item):
+                    raise PayloadError({field_name: "has a key that is not a string"})
+                below.extend(item)
+                below.extend(item.values())
+            elif isinstance(item, list | tuple):
+                below.extend(item)
+            elif isinstance(item, str) and "\x00" in item:
+                raise PayloadError({field_name: "contains a NUL character"})
+        if not below:
+            return
+        level = below
+    raise PayloadError({field_name: f"nests deeper than {MAX_JSON_DEPTH} levels"})
+
+
+def check_name(value: Any, field_name: str) -> str:
+    """Return ``value`` if it is a queue name or message type.
+
+    :raises PayloadError: naming ``field_name`` and the grammar.
+    """
+    if isinstance(value, str) and NAME.fullmatch(value):
+        return value
+    raise PayloadError(
+        {field_name: "must match [A-Za-z0-9][A-Za-z0-9._-]* and have 1 to 200 characters"}
+    )
