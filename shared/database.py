@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, text
+from sqlalchemy import URL, ColumnElement, Connection, Engine, create_engine, event, func, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from shared.errors import StoreUnavailableError
@@ -64,6 +64,11 @@ def database_url(settings: Settings, name: str = "queue") -> URL:
         database=db.name,
         query={"charset": "utf8mb4"},
     )
+
+
+def make_reader(url: URL, sleep: Sleep) -> Engine:
+    """Make an engine that only reads: it takes no lock, and waits for nobody's transaction."""
+    return make_engine(url, sleep).execution_options(isolation_level="AUTOCOMMIT")
 
 
 def make_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
@@ -137,11 +142,6 @@ class Database:
     def __init__(self, url: URL, sleep: Sleep) -> None:
         self._engine = make_engine(url, sleep)
         self._connection: Connection | None = None
-        self._clock = text(
-            "SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')"
-            if self.is_sqlite
-            else "SELECT UTC_TIMESTAMP(3)"
-        )
 
     @property
     def is_sqlite(self) -> bool:
@@ -163,12 +163,12 @@ class Database:
         try:
             connection = self._connect()
             connection.begin()
-            now = connection.execute(self._clock).scalar_one()
+            now = utc_now(connection)
         except SQLAlchemyError as exc:
             self.drop_connection()
             raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
         try:
-            yield Transaction(connection, _as_datetime(now))
+            yield Transaction(connection, now)
         except BaseException as exc:
             self._roll_back()
             if isinstance(exc, OperationalError) and not is_transient(exc):
@@ -226,3 +226,22 @@ def _as_datetime(value: Any) -> datetime:
 def worker_name() -> str:
     """Return ``host:pid``, by which leases and attempts name this process."""
     return f"{os.uname().nodename}:{os.getpid()}"
+
+
+def seconds_between(connection: Connection, start: Any, end: Any) -> ColumnElement[Any]:
+    """Return the SQL for the seconds from one time to another, each a column or a time."""
+    if connection.dialect.name == "sqlite":
+        return (func.julianday(end) - func.julianday(start)) * 86_400.0
+    return func.timestampdiff(text("MICROSECOND"), start, end) / 1_000_000.0
+
+
+def utc_now(connection: Connection) -> datetime:
+    """Return the database's time, naive UTC."""
+    return _as_datetime(connection.execute(_CLOCKS[connection.dialect.name]).scalar_one())
+
+
+_CLOCKS = {
+    "sqlite": text("SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')"),
+    "mysql": text("SELECT UTC_TIMESTAMP(3)"),
+    "mariadb": text("SELECT UTC_TIMESTAMP(3)"),
+}

@@ -11,6 +11,7 @@ The names here are the unpatched ones of the standard library.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -40,18 +41,14 @@ class Signal:
 
     def ring(self) -> None:
         """Wake who waits; from any thread, and from a signal handler."""
-        try:
+        with contextlib.suppress(BlockingIOError):  # it is full, hence readable already
             os.write(self._write, b"!")
-        except BlockingIOError:
-            pass  # it is full, hence readable already
 
     def clear(self) -> None:
         """Forget all rings so far."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             while os.read(self._read, 4096):
                 pass
-        except BlockingIOError:
-            pass
 
     def close(self) -> None:
         """Close both ends."""

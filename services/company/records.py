@@ -3,27 +3,59 @@
 Every event has a place in one order: its time, then its message id. Where two events
 tell the same thing, that order decides and not the order of arrival. A message that was
 recorded before changes nothing. The user's row is locked first: two handlers never work
-on one user at the same time.
+on one user at the same time; who lost a race for a row that is not there yet begins again.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from datetime import datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import Select, select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from services.company.models import Activity, Company, Kind, User
 from services.company.schemas import Event, LoggedIn, LoggedOut, Registered
 from services.company.sessions import replay_sessions
+from shared.database import is_transient
 
 Row = TypeVar("Row", bound=DeclarativeBase)
 
+TRIES = 10
+"""Handlers that make one company at the same time lose to each other, all but one a time."""
 
-def record_registration(db: Session, event: Registered) -> None:
+
+def record(db: Session, event: Event) -> None:
+    """Record an event and commit, whatever else is being recorded at the same time."""
+    for tries_left in reversed(range(TRIES)):
+        try:
+            _record(db, event)
+            db.commit()
+            return
+        except (IntegrityError, OperationalError) as exc:
+            db.rollback()
+            if not tries_left or not _lost_a_race(exc):
+                raise
+
+
+def _lost_a_race(exc: DBAPIError) -> bool:
+    # somebody made the same row first, or the database chose us to end a deadlock
+    return isinstance(exc, IntegrityError) or is_transient(exc)
+
+
+def _record(db: Session, event: Event) -> None:
+    match event:
+        case Registered():
+            _record_registration(db, event)
+        case LoggedIn():
+            _record_login(db, event)
+        case LoggedOut():
+            _record_logout(db, event)
+
+
+def _record_registration(db: Session, event: Registered) -> None:
     """Create or complete the user, and the company where the event tells one."""
     user = _locked_user(db, event.user_id)
     if not _is_new(db, event, Kind.REGISTERED):
@@ -36,7 +68,7 @@ def record_registration(db: Session, event: Registered) -> None:
         user.company = company
 
 
-def record_login(db: Session, event: LoggedIn) -> None:
+def _record_login(db: Session, event: LoggedIn) -> None:
     """Note the login and open its session."""
     user = _locked_user(db, event.user_id)
     if not _is_new(db, event, Kind.LOGGED_IN, event.session_id, event.ip_address, event.user_agent):
@@ -46,7 +78,7 @@ def record_login(db: Session, event: LoggedIn) -> None:
     replay_sessions(db, event.user_id, since=event.at)
 
 
-def record_logout(db: Session, event: LoggedOut) -> None:
+def _record_logout(db: Session, event: LoggedOut) -> None:
     """Note the logout and close its session, be that known yet or not."""
     user = _locked_user(db, event.user_id)
     if not _is_new(db, event, Kind.LOGGED_OUT, event.session_id):
@@ -60,22 +92,17 @@ def _locked_user(db: Session, user_id: str) -> User:
     return _find_or_make(db, found, User(user_id=user_id))
 
 
-def _find_or_make(db: Session, query: Select[tuple[Row]], new: Row) -> Row:
-    """Return the row of ``query``, else ``new``, locked until the transaction ends."""
-    query = query.with_for_update()
-    found = db.scalar(query)
+def _find_or_make(db: Session, query: Select[Any], new: Row) -> Row:
+    """Return the row of ``query``, else ``new``, locked until the transaction ends.
+
+    :raises IntegrityError: when somebody else made it in the meantime.
+    """
+    found: Row | None = db.scalar(query.with_for_update())
     if found is not None:
         return found
-    try:
-        with db.begin_nested():
-            db.add(new)
-        return new
-    except IntegrityError:
-        # somebody was faster
-        found = db.scalar(query)
-        if found is None:
-            raise
-        return found
+    db.add(new)
+    db.flush()
+    return new
 
 
 def _is_new(

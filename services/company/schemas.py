@@ -94,8 +94,13 @@ def _read(schema: Schema, payload: Any, message: Message) -> dict[str, Any]:
     except ValidationError as exc:
         raise Reject(f"the payload breaks its contract: {exc.messages}") from exc
     occurred_at = fields.pop("occurred_at", None)
-    at = message.created_at if occurred_at is None else _naive_utc(occurred_at)
+    at = _naive_utc(occurred_at) if occurred_at else _stored_at(message)
     return {**fields, "message_id": message.id, "at": _to_millisecond(at)}
+
+
+def _stored_at(message: Message) -> datetime:
+    # without a message log nobody noted the time: that of its arrival is the nearest
+    return message.created_at or datetime.now(UTC).replace(tzinfo=None)
 
 
 def _naive_utc(moment: datetime) -> datetime:

@@ -8,13 +8,13 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import joinedload
 
 from services.company.models import Base, Company, User
-from services.company.records import (
-    plain_domain,
-    record_login,
-    record_logout,
-    record_registration,
+from services.company.records import plain_domain, record
+from services.company.schemas import (
+    read_logged_in,
+    read_logged_out,
+    read_registered,
+    user_as_json,
 )
-from services.company.schemas import read_logged_in, read_logged_out, read_registered, user_as_json
 from services.company.sessions import open_sessions
 from shared.events import MessageContext, event_handler
 from shared.store import DatabaseSession
@@ -35,20 +35,17 @@ class CompanyService:
     @event_handler("auth_events", "user.registered")
     def handle_user_registered(self, payload: dict[str, Any]) -> None:
         """Create the user and the company."""
-        record_registration(self.db, read_registered(payload, self.message))
-        self.db.commit()
+        record(self.db, read_registered(payload, self.message))
 
     @event_handler("auth_events", "user.logged_in")
     def handle_user_logged_in(self, payload: dict[str, Any]) -> None:
         """Note the login and open a session."""
-        record_login(self.db, read_logged_in(payload, self.message))
-        self.db.commit()
+        record(self.db, read_logged_in(payload, self.message))
 
     @event_handler("auth_events", "user.logged_out")
     def handle_user_logged_out(self, payload: dict[str, Any]) -> None:
         """Close a session."""
-        record_logout(self.db, read_logged_out(payload, self.message))
-        self.db.commit()
+        record(self.db, read_logged_out(payload, self.message))
 
     def get_user(self, user_id: str) -> dict[str, Any] | None:
         """Return a user as :func:`~services.company.schemas.user_as_json` shows it.
@@ -79,7 +76,7 @@ class CompanyService:
         return self._show(users)
 
     @http("GET", "/company/users/<user_id>")
-    def show_user(self, request: Any, user_id: str) -> tuple[int, dict[str, Any]]:
+    def show_user(self, _request: Any, user_id: str) -> tuple[int, dict[str, Any]]:
         """Answer with a user, or 404."""
         user = self.get_user(user_id)
         if user is None:
@@ -87,7 +84,7 @@ class CompanyService:
         return 200, user
 
     @http("GET", "/health")
-    def health(self, request: Any) -> tuple[int, dict[str, Any]]:
+    def health(self, _request: Any) -> tuple[int, dict[str, Any]]:
         """Answer 200 while the database answers."""
         self.db.execute(text("SELECT 1"))
         return 200, {"status": "ok"}

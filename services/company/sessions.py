@@ -47,7 +47,7 @@ def open_sessions(db: Session, user_ids: Sequence[str]) -> dict[str, int]:
         )
         .group_by(UserSession.user_id)
     )
-    return {user_id: count for user_id, count in db.execute(counts)}
+    return dict(db.execute(counts).all())
 
 
 def _sessions_open_at(db: Session, user_id: str, since: datetime) -> list[UserSession]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import asdict
-from email.headerregistry import Address
 from email.message import EmailMessage
 from email.policy import SMTP
 from email.utils import localtime
 from functools import cache
 from pathlib import Path
 
-import idna
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from services.notifications.mail import MailRefusedError
+from services.notifications.mail import mail_address
 from services.notifications.schemas import NewUser
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -36,7 +34,8 @@ def welcome(user: NewUser, message_id: str, sender: str) -> EmailMessage:
     words = {name: _one_line(value or "") for name, value in asdict(user).items()}
     message = EmailMessage(policy=POLICY)
     message["From"] = mail_address(sender)
-    message["To"] = mail_address(user.email, f"{words['first_name']} {words['last_name']}")
+    # without the name: the email package loses quotes where it folds a long one
+    message["To"] = mail_address(user.email)
     message["Subject"] = _render("welcome.subject", words).strip()
     message["Date"] = localtime()
     message["Message-ID"] = rfc_message_id(message_id, "welcome", sender)
@@ -50,19 +49,6 @@ def welcome(user: NewUser, message_id: str, sender: str) -> EmailMessage:
 def rfc_message_id(message_id: str, kind: str, sender: str) -> str:
     """Return the Message-ID of a mail: the same whenever the same message asks for it."""
     return f"<{message_id}.{kind}@{mail_address(sender).domain}>"
-
-
-def mail_address(text: str, name: str = "") -> Address:
-    """Return an address as headers and servers take it, the domain in ASCII (IDNA 2008).
-
-    :raises MailRefusedError: when its domain cannot be one.
-    """
-    user, _, domain = text.rpartition("@")
-    try:
-        plain = idna.encode(domain, uts46=True, std3_rules=True).decode("ascii").rstrip(".")
-        return Address(display_name=name, username=user, domain=plain)
-    except (idna.IDNAError, ValueError) as exc:
-        raise MailRefusedError(f"{text!r} is not an address to send to: {exc}") from exc
 
 
 @cache

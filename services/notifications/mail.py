@@ -7,19 +7,22 @@ import os
 import re
 import smtplib
 import ssl
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from email import headerregistry
 from email.message import EmailMessage
+from email.policy import SMTP, SMTPUTF8
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
+from uuid import uuid4
 
 import eventlet
+import idna
 from nameko.extensions import DependencyProvider
 
 from shared.errors import QueueError
-from shared.settings import Address, settings_or_exit
+from shared.settings import Address, refuse_start, settings_or_exit
 
 ANSWER_SECONDS = 10.0
 """How long a mail server may take for one answer."""
@@ -52,17 +55,34 @@ class Mailer(Protocol):
         """
 
 
-class MailTransport(DependencyProvider):  # type: ignore[misc]
+class MailTransport(DependencyProvider):
     """Injects the :class:`Mailer` that the setting ``MAIL_URL`` asks for."""
 
     mailer: Mailer
 
     def setup(self) -> None:
         settings = settings_or_exit(self.container.config)
+        try:
+            mail_address(settings.mail_from)
+        except MailRefusedError as exc:
+            refuse_start(f"MAIL_FROM: {exc}")
         self.mailer = make_mailer(settings.mail_url, settings.mail_from)
 
-    def get_dependency(self, worker_ctx: Any) -> Mailer:
+    def get_dependency(self, _worker_ctx: Any) -> Mailer:
         return self.mailer
+
+
+def mail_address(text: str) -> headerregistry.Address:
+    """Return an address as headers and servers take it, the domain in ASCII (IDNA 2008).
+
+    :raises MailRefusedError: when its domain cannot be one.
+    """
+    user, _, domain = text.rpartition("@")
+    try:
+        plain = idna.encode(domain, uts46=True, std3_rules=True).decode("ascii").rstrip(".")
+        return headerregistry.Address(username=user, domain=plain)
+    except (idna.IDNAError, ValueError) as exc:
+        raise MailRefusedError(f"{text!r} is not an address to send to: {exc}") from exc
 
 
 def make_mailer(url: str, sender: str) -> Mailer:
@@ -85,7 +105,7 @@ class FolderMailer:
 
     def send(self, message: EmailMessage) -> None:
         name = re.sub(r"[^\w.@+-]", "_", message["Message-ID"].strip("<>"))
-        policy = message.policy.clone(utf8=not recipient_of(message).isascii())
+        policy = SMTP if recipient_of(message).isascii() else SMTPUTF8
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write(self.folder / f"{name}.eml", message.as_bytes(policy=policy))
@@ -94,17 +114,15 @@ class FolderMailer:
 
     def _write(self, path: Path, content: bytes) -> None:
         # renamed when complete, so that no reader sees half of a mail
-        with tempfile.NamedTemporaryFile(
-            dir=self.folder, prefix=".", suffix=".tmp", delete=False
-        ) as file:
-            try:
+        part = path.with_name(f".{uuid4().hex}.tmp")
+        try:
+            with part.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +173,7 @@ class SmtpMailer:
         try:
             smtp = self._connect()
         except (smtplib.SMTPException, OSError) as exc:
-            raise MailUnavailableError(f"{self.server.address}: {_text(exc)}") from exc
+            raise MailUnavailableError(f"{self.server.address}: {_answer(exc)[1]}") from exc
         try:
             yield smtp
             # said, but not waited for: the mail is the server's now, and to be noted as sent
@@ -203,26 +221,21 @@ def recipient_of(message: EmailMessage) -> str:
 
 def _translated(exc: Exception) -> QueueError:
     """Return what a server's answer means: 5yz is its last word, all else is not."""
+    code, text = _answer(exc)
+    kind = MailRefusedError if 500 <= code < 600 else MailUnavailableError
+    return kind(text)
+
+
+def _answer(exc: Exception) -> tuple[int, str]:
+    """Return the code and the text of a server's answer; 0 where there was none."""
     match exc:
-        case smtplib.SMTPRecipientsRefused():
-            code = next(iter(exc.recipients.values()))[0]
-        case smtplib.SMTPSenderRefused() | smtplib.SMTPDataError():
-            code = exc.smtp_code
+        case smtplib.SMTPRecipientsRefused(recipients=answers):
+            code, said = next(iter(answers.values()))
+        case smtplib.SMTPResponseException(smtp_code=code, smtp_error=said):
+            pass
         case smtplib.SMTPNotSupportedError():
             # an address beyond ASCII, and a server that knows none
-            code = 553
+            return 553, str(exc)
         case _:
-            code = 0
-    kind = MailRefusedError if 500 <= code < 600 else MailUnavailableError
-    return kind(_text(exc))
-
-
-def _text(exc: Exception) -> str:
-    match exc:
-        case smtplib.SMTPRecipientsRefused():
-            code, said = next(iter(exc.recipients.values()))
-        case smtplib.SMTPResponseException():
-            code, said = exc.smtp_code, exc.smtp_error
-        case _:
-            return str(exc) or type(exc).__name__
-    return f"{code} {said.decode(errors='replace') if isinstance(said, bytes) else said}"
+            return 0, str(exc) or type(exc).__name__
+    return code, f"{code} {said.decode(errors='replace') if isinstance(said, bytes) else said}"

@@ -19,12 +19,13 @@ from typing import Any
 from uuid import uuid4
 
 import eventlet
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from services.notifications.mail import SEND_SECONDS, Mailer, MailRefusedError
 from services.notifications.models import MailRecord, Status
+from shared.database import utc_now
 from shared.errors import Reject
 
 _log = logging.getLogger(__name__)
@@ -92,7 +93,14 @@ def _wait_for_claim(db: Session, mail: Mail, claimant: str) -> bool:
 
 
 def _claim(db: Session, mail: Mail, claimant: str) -> Claim:
-    record, now = _locked_record(db, mail), _now(db)
+    try:
+        record, now = _locked_record(db, mail), utc_now(db.connection())
+    except IntegrityError:
+        db.rollback()
+        if _find(db, mail) is None:
+            raise
+        # somebody made the row just now, to send the mail
+        return Claim.HELD
     claim = _state_of(record, now)
     if claim is Claim.OURS:
         record.status = Status.SENDING
@@ -110,56 +118,41 @@ def _state_of(record: MailRecord, now: datetime) -> Claim:
 
 
 def _locked_record(db: Session, mail: Mail) -> MailRecord:
-    query = select(MailRecord).where(*_is(mail)).with_for_update()
-    found = db.scalar(query)
+    found = _find(db, mail)
     if found is not None:
         return found
-    try:
-        with db.begin_nested():
-            db.add(
-                new := MailRecord(
-                    message_id=mail.message_id,
-                    kind=mail.kind,
-                    recipient=mail.recipient,
-                    rfc_message_id=mail.rfc_message_id,
-                    status=Status.SENDING,
-                )
-            )
-        return new
-    except IntegrityError:
-        # somebody was faster
-        found = db.scalar(query)
-        if found is None:
-            raise
-        return found
+    new = _new_record(mail)
+    db.add(new)
+    db.flush()
+    return new
+
+
+def _find(db: Session, mail: Mail) -> MailRecord | None:
+    return db.scalar(select(MailRecord).where(*_is(mail)).with_for_update())
+
+
+def _new_record(mail: Mail) -> MailRecord:
+    return MailRecord(
+        message_id=mail.message_id,
+        kind=mail.kind,
+        recipient=mail.recipient,
+        rfc_message_id=mail.rfc_message_id,
+        status=Status.SENDING,
+    )
 
 
 def _release(db: Session, mail: Mail, claimant: str, **changes: Any) -> None:
     """Give the claim back, if it is still ours."""
-    db.execute(
-        update(MailRecord)
-        .where(*_is(mail), MailRecord.claimed_by == claimant)
-        .values(claimed_by=None, claimed_until=None, **changes)
-    )
-    db.commit()
+    _end_claim(db, mail, MailRecord.claimed_by == claimant, **changes)
 
 
 def _note_sent(db: Session, mail: Mail) -> None:
     """Note that a mail was sent, however long the database is away: nothing else knows it."""
     for pause in _pauses():
         try:
-            db.execute(
-                update(MailRecord)
-                .where(*_is(mail), MailRecord.status != Status.SENT)
-                .values(
-                    status=Status.SENT,
-                    sent_at=func.current_timestamp(),
-                    claimed_by=None,
-                    claimed_until=None,
-                    error=None,
-                )
-            )
-            db.commit()
+            now = utc_now(db.connection())
+            unsent = MailRecord.status != Status.SENT
+            _end_claim(db, mail, unsent, status=Status.SENT, sent_at=now, error=None)
             return
         except (OperationalError, InterfaceError) as exc:
             _log.warning("not noted yet as sent message_id=%s: %s", mail.message_id, exc.orig)
@@ -174,10 +167,15 @@ def _pauses() -> Iterator[float]:
         pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
 
 
+def _end_claim(db: Session, mail: Mail, condition: ColumnElement[bool], **changes: Any) -> None:
+    db.execute(
+        update(MailRecord)
+        .where(*_is(mail), condition)
+        .values(claimed_by=None, claimed_until=None, **changes)
+        .execution_options(synchronize_session=False)
+    )
+    db.commit()
+
+
 def _is(mail: Mail) -> tuple[Any, ...]:
     return MailRecord.message_id == mail.message_id, MailRecord.kind == mail.kind
-
-
-def _now(db: Session) -> datetime:
-    now: datetime = db.execute(select(func.current_timestamp())).scalar_one()
-    return now

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 from marshmallow import EXCLUDE, RAISE, Schema
 
@@ -72,8 +72,8 @@ class ContractRegistry:
         return version
 
 
-@lru_cache(maxsize=None)
-def _instance(schema: type[Schema], unknown: str) -> Schema:
+@cache
+def _instance(schema: type[Schema], unknown: Literal["exclude", "raise"]) -> Schema:
     # making one costs more than a validation does
     return schema(unknown=unknown)
 

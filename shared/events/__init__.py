@@ -5,6 +5,7 @@ from nameko.events import BROADCAST, SERVICE_POOL, SINGLETON
 from shared.events.context import Message, MessageContext
 from shared.events.dispatcher import Dispatch, EventDispatcher
 from shared.events.handler import EventHandler, event_handler
+from shared.events.operations import MessageLog, QueueService
 from shared.lifecycle import Backoff
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "EventHandler",
     "Message",
     "MessageContext",
+    "MessageLog",
+    "QueueService",
     "event_handler",
 ]

@@ -14,7 +14,7 @@ from eventlet.queue import LightQueue
 from nameko.extensions import SharedExtension
 
 from shared.database import Transaction
-from shared.events.pump import Append, Call, Consume, Finish, Pump, StopConsuming
+from shared.events.pump import Append, Call, Check, Consume, Finish, Pump, StopConsuming
 from shared.lifecycle import DeliveryStatus
 from shared.native import Mailbox, Promise, Thread
 from shared.settings import Settings, settings_or_exit
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 START_SECONDS = 5.0
-"""How long a start waits for its subscriptions to be registered; it goes on in the background."""
+"""How long a start waits for the log and its subscriptions; it goes on in the background."""
+
+HEALTH_SECONDS = 3.0
+"""How long a health check waits for the provider before it is taken to be down."""
 
 FINISH_SECONDS = 10.0
 """How long a stop waits for the last outcomes to be stored."""
@@ -64,8 +67,7 @@ class QueueClient(SharedExtension):
         self._thread.start()
         self._chain_signal()
         self.container.spawn_managed_thread(self._hand_out, identifier="queue-client")
-        if self._handlers:
-            self._consume()
+        self._consume()
 
     def stop(self) -> None:
         if self._is_stopped:  # a second signal stops everything once more
@@ -86,7 +88,7 @@ class QueueClient(SharedExtension):
         """Have ``handler`` get the deliveries of its subscription."""
         self._handlers.append(handler)
 
-    def unregister_provider(self, handler: EventHandler) -> None:
+    def unregister_provider(self, _handler: EventHandler) -> None:
         """Stop reserving; what runs may finish within the grace time."""
         if not self._is_stopping:
             self._is_stopping = True
@@ -121,6 +123,14 @@ class QueueClient(SharedExtension):
         self._mailbox.send(Call(function, promise))
         return promise.wait()
 
+    def health(self) -> bool:
+        """Say whether the provider answers, within a few seconds."""
+        promise = Promise()
+        self._mailbox.send(Check(promise))
+        with eventlet.Timeout(HEALTH_SECONDS, False):
+            return bool(promise.wait())
+        return False
+
     # --- within
 
     def _consume(self) -> None:
@@ -136,7 +146,7 @@ class QueueClient(SharedExtension):
         with eventlet.Timeout(START_SECONDS, False):
             ready.wait()
             return
-        _log.warning("the message log does not answer yet; consuming begins when it does")
+        _log.warning("the message log does not answer yet; work begins when it does")
 
     def _take(self, leases: list[Lease]) -> None:
         for lease in leases:

@@ -27,10 +27,10 @@ class Message:
     attempt: int
     priority: Priority
     metadata: Mapping[str, Any]
-    created_at: datetime
+    created_at: datetime | None
 
 
-class MessageContext(DependencyProvider):  # type: ignore[misc]
+class MessageContext(DependencyProvider):
     """Injects the :class:`Message` that is being handled; ``None`` in other entrypoints.
 
     Example::
@@ -51,7 +51,6 @@ class MessageContext(DependencyProvider):  # type: ignore[misc]
     def of(lease: Lease, subscriber: str) -> Message:
         """Make the view of a leased message."""
         message = lease.delivery.message
-        assert message.created_at is not None, "it was read from the log"
         return Message(
             id=message.id,
             queue=message.queue,

@@ -136,7 +136,7 @@ class Dispatch:
         )
 
 
-class EventDispatcher(DependencyProvider):  # type: ignore[misc]
+class EventDispatcher(DependencyProvider):
     """Injects :class:`Dispatch`.
 
     Example::

@@ -31,7 +31,7 @@ from shared.types import (
 )
 
 
-class EventHandler(NamekoEventHandler):  # type: ignore[misc]
+class EventHandler(NamekoEventHandler):
     """Handles the events of one type from one service.
 
     Takes what ``nameko.events.EventHandler`` takes, and:
@@ -118,7 +118,7 @@ class EventHandler(NamekoEventHandler):  # type: ignore[misc]
     def handle_result(
         self,
         message: Lease,
-        worker_ctx: Any,
+        worker_ctx: Any,  # noqa: ARG002 - part of nameko's signature
         result: Any = None,
         exc_info: ExcInfo | None = None,
     ) -> tuple[Any, ExcInfo | None]:
@@ -127,7 +127,7 @@ class EventHandler(NamekoEventHandler):  # type: ignore[misc]
         return result, exc_info
 
     def retry_policy(self, lease: Lease) -> RetryPolicy:
-        """Return how this delivery is retried: the dispatch before the handler before the setting."""
+        """Return how a delivery is retried: dispatch goes before handler, that before setting."""
         retries = self.queue_consumer.settings.retries
         said = (lease.delivery.message.max_retries, self.max_retries, retries.limit)
         limit = next(each for each in said if each is not None)

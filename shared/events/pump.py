@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -42,8 +42,6 @@ from shared.store import attempts, log, subscriptions
 from shared.store.migrate import LOG, upgrade_sqlite
 from shared.store.summary import refresh
 from shared.types import Delivery, Envelope, Failure, Lease, Outcome, Settlement, Subscription
-
-_T = TypeVar("_T")
 
 SIGN_SECONDS = 10.0
 """How often the log is told that the subscriptions have a live consumer: a third of
@@ -83,6 +81,13 @@ class Consume:
     subscriptions: Sequence[Subscription]
     workers: int
     on_registered: Callable[[list[Subscription]], None]
+
+
+@dataclass(slots=True)
+class Check:
+    """Say whether the provider answers."""
+
+    promise: Promise
 
 
 @dataclass(slots=True)
@@ -220,13 +225,21 @@ class Pump:
                     turn.outcomes.append(command)
                 case Call():
                     calls.append(command)
-                case Consume():
-                    self._wanted = command
-                case StopConsuming():
-                    self._workers = 0
-                case Finish():
-                    self._finishing = True
+                case _:
+                    self._obey(command)
         return turn, calls
+
+    def _obey(self, command: Check | Consume | StopConsuming | Finish) -> None:
+        match command:
+            case Check():
+                is_up = self._connected and self._provider.health_check()
+                self._mailbox.answer(command.promise.resolve, is_up)
+            case Consume():
+                self._wanted = command
+            case StopConsuming():
+                self._workers = 0
+            case Finish():
+                self._finishing = True
 
     def _connect(self) -> None:
         if not self._connected:

@@ -18,7 +18,18 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import Integer, and_, bindparam, case, exists, func, or_, select, update
+from sqlalchemy import (
+    BindParameter,
+    Integer,
+    and_,
+    bindparam,
+    case,
+    exists,
+    func,
+    or_,
+    select,
+    update,
+)
 
 from shared.database import Database, Transaction, database_url
 from shared.errors import ProviderUnavailableError, StoreUnavailableError
@@ -124,7 +135,8 @@ class EmbeddedProvider(QueueProvider):
     def peek(self, subscription_id: int, limit: int) -> list[Delivery]:
         with self._joined(None) as tx:
             values = {"id": subscription_id, "limit": limit}
-            return [lease.delivery for lease in _load(tx, tx.connection.execute(_NEXT, values))]
+            seqs = list(tx.connection.execute(_NEXT, values).scalars())
+            return [lease.delivery for lease in _load(tx, seqs)]
 
     def purge(self, subscription_id: int) -> int:
         with self._joined(None) as tx:
@@ -165,8 +177,8 @@ class EmbeddedProvider(QueueProvider):
 
 
 # Statements are built once: building one takes longer than executing it.
-_SEQS = bindparam("seqs", expanding=True)
-_IDS = bindparam("ids", expanding=True)
+_SEQS: BindParameter[Any] = bindparam("seqs", expanding=True)
+_IDS: BindParameter[Any] = bindparam("ids", expanding=True)
 _NOW = bindparam("now", type_=c.available_at.type)
 _IS_WAITING = or_(*[c.status == status for status in sorted(WAITING)])
 
@@ -338,7 +350,7 @@ class Bell:
             self._sender.setblocking(False)
         text = " ".join(map(str, subscription_ids)).encode()
         with contextlib.suppress(FileNotFoundError):
-            for name in os.listdir(self._folder):
+            for name in os.listdir(self._folder):  # noqa: PTH208 - on the way of every event
                 self._ring_one(name, text)
 
     def wait(self, timeout: float, interrupt: int, mine: frozenset[int]) -> None:
@@ -357,7 +369,7 @@ class Bell:
                 each.close()
         if self._socket is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._folder / self._path)
+                (self._folder / self._path).unlink()
         self._socket = self._sender = None
 
     def _heard(self) -> set[int]:
@@ -373,7 +385,7 @@ class Bell:
         except OSError as exc:
             if exc.errno == errno.ECONNREFUSED:  # its process was killed
                 with contextlib.suppress(OSError):
-                    os.unlink(self._folder / name)
+                    (self._folder / name).unlink()
 
     def _with_folder(self, use: Any, name: str) -> Any:
         """Call ``use`` with an address of the socket that fits into the 108 bytes it may have."""

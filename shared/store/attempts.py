@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, bindparam, case, insert, literal, or_, select, update
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    bindparam,
+    case,
+    insert,
+    literal,
+    or_,
+    select,
+    update,
+)
 
 from shared.database import Transaction
 from shared.lifecycle import FINAL, MAX_TAKEOVERS, DeliveryStatus, sources_of
@@ -35,7 +45,7 @@ def _may_become(status: DeliveryStatus) -> ColumnElement[bool]:
     return or_(*[c.status == before for before in sources_of(status)])
 
 
-_SEQS = bindparam("seqs", expanding=True)
+_SEQS: BindParameter[Any] = bindparam("seqs", expanding=True)
 
 _LOCK_MESSAGES = (
     select(messages.c.id)

@@ -53,8 +53,7 @@ LOG = Migrations("queue", ENVIRONMENT / "versions", metadata)
 def service_migrations(name: str, base: Any) -> Migrations:
     """Return the migrations of a service whose declarative base is ``base``."""
     module = import_module(base.__module__)
-    assert module.__file__ is not None
-    return Migrations(name, Path(module.__file__).parent / "migrations", base.metadata)
+    return Migrations(name, Path(str(module.__file__)).parent / "migrations", base.metadata)
 
 
 def all_migrations() -> Iterator[Migrations]:

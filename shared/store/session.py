@@ -14,7 +14,7 @@ from shared.settings import settings_or_exit
 from shared.store.migrate import service_migrations, upgrade_sqlite
 
 
-class DatabaseSession(NamekoDatabaseSession):  # type: ignore[misc]
+class DatabaseSession(NamekoDatabaseSession):
     """nameko-sqlalchemy's, with a URI from the settings where the config has no ``DB_URIS``.
 
     On SQLite it makes the service's tables at start, and a transaction takes the

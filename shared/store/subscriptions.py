@@ -48,7 +48,7 @@ def _register(tx: Transaction, wanted: Subscription) -> Subscription:
             "created_at": tx.now,
         }
         added = tx.connection.execute(insert(subscriptions).values(**names, **values))
-        found = added.inserted_primary_key[0]
+        found = added.inserted_primary_key[0]  # type: ignore[index]
     else:
         tx.connection.execute(update(subscriptions).where(is_it).values(**values))
     return replace(wanted, id=found)

@@ -1,0 +1,153 @@
+"""Dependencies for services that look after the queue, or publish into any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+import eventlet
+from nameko.extensions import DependencyProvider, SharedExtension
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from shared.database import database_url, make_reader, utc_now
+from shared.errors import StoreUnavailableError
+from shared.events.client import QueueClient
+from shared.events.dispatcher import make_envelope
+from shared.settings import settings_or_exit
+from shared.store import log, queries
+
+
+class LogReader(SharedExtension):
+    """One engine a container for reading the message log, on the hub."""
+
+    _engine: Engine
+
+    def setup(self) -> None:
+        settings = settings_or_exit(self.container.config)
+        self._engine = make_reader(database_url(settings), eventlet.sleep)
+
+    def stop(self) -> None:
+        self._engine.dispose()
+
+    def read(self, query: Callable[..., Any], *args: Any) -> Any:
+        """Return what ``query(connection, *args)`` returns.
+
+        :raises StoreUnavailableError: when the database does not answer.
+        """
+        try:
+            with self._engine.connect() as connection:
+                return query(connection, *args)
+        except SQLAlchemyError as exc:
+            raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
+
+
+class MessageLog(DependencyProvider):
+    """Injects the message log, to be read: what was dispatched and what became of it."""
+
+    reader = LogReader()
+
+    def get_dependency(self, _worker_ctx: Any) -> MessageLog:
+        return self
+
+    def message(self, message_id: str) -> dict[str, Any]:
+        """Return one message with its deliveries, and their attempts that failed.
+
+        :raises MessageNotFoundError: when there is none of that id.
+        """
+        return self.reader.read(queries.message, message_id)
+
+    def queue_stats(self, queue: str) -> dict[str, Any] | None:
+        """Return the counts of a queue; ``None`` when nothing is known of it."""
+        return self.reader.read(queries.queue_stats, queue)
+
+    def silent_subscriptions(self) -> list[str]:
+        """Return who has work waiting and no live consumer."""
+        return self.reader.read(_silent)
+
+
+class QueueService(DependencyProvider):
+    """Injects publishing into any queue, its statistics, and retrying.
+
+    Services dispatch their own events by ``EventDispatcher``; this is for who acts
+    on behalf of others.
+    """
+
+    client = QueueClient()
+    reader = LogReader()
+
+    def get_dependency(self, _worker_ctx: Any) -> QueueService:
+        return self
+
+    def publish(
+        self,
+        queue_name: str,
+        message_type: str,
+        payload: Any,
+        *,
+        priority: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        scheduled_at: datetime | None = None,
+        delay: float | None = None,
+        max_retries: int | None = None,
+    ) -> str:
+        """Publish one message; return its id once it is stored.
+
+        :raises PayloadError: when it cannot be sent as it is; nothing was stored.
+        :raises DispatchError: when it could not be stored; nothing was.
+        """
+        envelope = make_envelope(
+            self.client.settings,
+            queue_name,
+            message_type,
+            payload,
+            priority=priority,
+            metadata=metadata,
+            scheduled_at=scheduled_at,
+            delay=delay,
+            max_retries=max_retries,
+        )
+        self.client.append([envelope])
+        return envelope.id
+
+    def get_queue_stats(self, queue_name: str) -> dict[str, Any] | None:
+        """Return the counts of a queue; ``None`` when nothing is known of it."""
+        return self.reader.read(queries.queue_stats, queue_name)
+
+    def retry_message(self, message_id: str) -> int:
+        """Let the failed deliveries of a message run again; return how many there are.
+
+        :raises MessageNotFoundError: when there is no such message.
+        :raises NothingToRetryError: when none of its deliveries had failed.
+        """
+
+        def retry(tx: Any) -> tuple[int, Any]:
+            failed = log.retry_failed(tx, message_id)
+            return len(failed), failed
+
+        retried: int = self.client.call(retry)
+        return retried
+
+    def health(self) -> dict[str, Any]:
+        """Say what works: provider, database, and whether waiting work has consumers."""
+        try:
+            silent = self.reader.read(_silent)
+            is_database_up = True
+        except StoreUnavailableError:
+            silent, is_database_up = [], False
+        is_provider_up = self.client.health()
+        is_well = is_database_up and is_provider_up and not silent
+        return {
+            "status": "healthy" if is_well else "unhealthy",
+            "provider": {
+                "name": self.client.settings.provider,
+                "status": "up" if is_provider_up else "down",
+            },
+            "database": {"status": "up" if is_database_up else "down"},
+            "consumers": {"status": "silent" if silent else "live", "silent": silent},
+        }
+
+
+def _silent(connection: Connection) -> list[str]:
+    return queries.silent_subscriptions(connection, utc_now(connection))

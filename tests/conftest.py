@@ -1,0 +1,91 @@
+"""The tests run as the services do: on eventlet's hub, and with no settings but their own."""
+
+import eventlet
+
+eventlet.monkey_patch()
+
+import os  # noqa: E402
+import shutil  # noqa: E402
+from collections.abc import Iterator, Mapping  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+from shared.database import database_url, make_engine  # noqa: E402
+from shared.settings import load_settings  # noqa: E402
+from shared.store.migrate import LOG, upgrade, upgrade_sqlite  # noqa: E402
+from tests.support.servers import MariaDBDatabase, MariaDBServer  # noqa: E402
+
+OURS = ("QUEUE_", "AUTH_EVENTS_", "COMPANY_", "MAIL_", "REDIS_", "RABBITMQ_", "DB_")
+"""What the names of our settings begin with."""
+
+for _name in [name for name in os.environ if name.startswith(OURS)]:
+    del os.environ[_name]
+
+
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[MariaDBServer]:
+    """A MariaDB for all tests of the run; who stops it starts it again."""
+    server = MariaDBServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def mariadb_database(mariadb_server: MariaDBServer) -> MariaDBDatabase:
+    """An empty database of the test's own."""
+    return mariadb_server.create_database()
+
+
+@pytest.fixture(scope="session")
+def migrated_mariadb(mariadb_server: MariaDBServer) -> MariaDBDatabase:
+    """The database that ``mariadb_log`` empties: to migrate one takes longer than most tests."""
+    database = mariadb_server.create_database()
+    migrate(database.environment)
+    return database
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that ``sqlite_log`` copies."""
+    folder = tmp_path_factory.mktemp("migrated")
+    migrate({"QUEUE_DATA_DIR": str(folder)})
+    return folder / "queue.db"
+
+
+@pytest.fixture
+def mariadb_log(
+    tmp_path: Path, mariadb_server: MariaDBServer, migrated_mariadb: MariaDBDatabase
+) -> Mapping[str, str]:
+    """The settings of an empty message log on MariaDB."""
+    mariadb_server.empty(migrated_mariadb)
+    return {"QUEUE_DATA_DIR": str(tmp_path / "var"), **migrated_mariadb.environment}
+
+
+@pytest.fixture
+def sqlite_log(tmp_path: Path, migrated_sqlite: Path) -> Mapping[str, str]:
+    """The settings of an empty message log on SQLite."""
+    folder = tmp_path / "var"
+    folder.mkdir()
+    shutil.copy(migrated_sqlite, folder)
+    return {"QUEUE_DATA_DIR": str(folder)}
+
+
+@pytest.fixture(params=["sqlite", "mariadb"])
+def log_settings(request: pytest.FixtureRequest) -> Mapping[str, str]:
+    """The settings of an empty message log, once on each database."""
+    settings: Mapping[str, str] = request.getfixturevalue(f"{request.param}_log")
+    return settings
+
+
+def migrate(config: Mapping[str, str]) -> None:
+    """Make the tables of the message log."""
+    engine = make_engine(database_url(load_settings(config)), eventlet.sleep)
+    if engine.dialect.name == "sqlite":
+        upgrade_sqlite(engine, LOG)
+    else:
+        upgrade(engine, LOG)
+    engine.dispose()

@@ -1,0 +1,143 @@
+"""Fixtures of the flow tests: processes, a source of events, and what became of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nameko.containers import ServiceContainer
+from nameko.testing.services import dummy, entrypoint_hook
+
+from shared.database import database_url, make_reader
+from shared.events import EventDispatcher, QueueService
+from shared.settings import load_settings
+from shared.store import queries
+from tests.support.processes import Effects, NamekoProcess
+from tests.support.waiting import wait_until
+
+
+class Source:
+    """The service whose events the tests dispatch."""
+
+    name = "source"
+
+    dispatch = EventDispatcher()
+    queue_service = QueueService()
+
+    @dummy
+    def send(self, *args: Any, **options: Any) -> str:
+        return self.dispatch(*args, **options)
+
+    @dummy
+    def send_many(self, *args: Any, **options: Any) -> list[str]:
+        return self.dispatch.many(*args, **options)
+
+    @dummy
+    def retry(self, message_id: str) -> int:
+        return self.queue_service.retry_message(message_id)
+
+
+class Flow:
+    """One message log, who dispatches into it, and who handles."""
+
+    def __init__(self, folder: Path, env: dict[str, str]) -> None:
+        self.folder = folder
+        self.env = {
+            "QUEUE_DATA_DIR": str(folder / "var"),
+            "QUEUE_LEASE_SECONDS": "2",
+            "QUEUE_RETRY_BASE_SECONDS": "0.05",
+            "EFFECTS": str(folder / "effects"),
+            **env,
+        }
+        self.effects = Effects(folder / "effects")
+        self.settings = load_settings(self.env)
+        self.processes: list[NamekoProcess] = []
+        self._numbers = itertools.count()
+        self._container: ServiceContainer | None = None
+        self._reader = make_reader(database_url(self.settings), lambda _: None)
+
+    def run(
+        self, *services: str, arguments: tuple[str, ...] = (), **env: str
+    ) -> NamekoProcess:
+        """Start ``nameko run`` and wait until its subscriptions are registered."""
+        log = self.folder / f"process-{next(self._numbers)}.log"
+        process = NamekoProcess(
+            *services, env={**self.env, **env}, log=log, arguments=arguments
+        )
+        self.processes.append(process)
+        return process
+
+    def wait_for_subscribers(self, *subscribers: str) -> None:
+        wait_until(
+            lambda: set(subscribers) <= self._subscribers(), 15, f"subscriptions {subscribers}"
+        )
+
+    def send(self, event_type: str, payload: Any, **options: Any) -> str:
+        return self._call("send", event_type, payload, **options)
+
+    def send_many(self, events: Any, **options: Any) -> list[str]:
+        return self._call("send_many", events, **options)
+
+    def retry(self, message_id: str) -> int:
+        return self._call("retry", message_id)
+
+    def message(self, message_id: str) -> dict[str, Any]:
+        with self._reader.connect() as connection:
+            return queries.message(connection, message_id)
+
+    def stats(self) -> dict[str, Any]:
+        with self._reader.connect() as connection:
+            return queries.queue_stats(connection, "source") or {}
+
+    def wait_for_status(self, message_id: str, status: str, timeout: float = 20) -> dict[str, Any]:
+        wait_until(
+            lambda: self.message(message_id)["status"] == status,
+            timeout,
+            lambda: f"{status}: {self.message(message_id)}",
+        )
+        return self.message(message_id)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.stop()
+        if self._container is not None:
+            self._container.stop()
+        self._reader.dispose()
+
+    @property
+    def container(self) -> ServiceContainer:
+        if self._container is None:
+            self._container = ServiceContainer(Source, dict(self.env))
+            self._container.start()
+        return self._container
+
+    def _call(self, method: str, *args: Any, **options: Any) -> Any:
+        with entrypoint_hook(self.container, method) as call:
+            return call(*args, **options)
+
+    def _subscribers(self) -> set[str]:
+        self.container  # noqa: B018 - the tables are made by whoever starts first
+        from sqlalchemy import select
+
+        from shared.tables import subscriptions
+
+        with self._reader.connect() as connection:
+            return set(connection.execute(select(subscriptions.c.subscriber)).scalars())
+
+
+@pytest.fixture
+def flow(tmp_path: Path) -> Iterator[Flow]:
+    made = Flow(tmp_path, {})
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def _show_logs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
+    """Print what the processes said, when the test failed."""
+    yield
+    for log in sorted(tmp_path.glob("process-*.log")):
+        print(f"--- {log.name}\n{log.read_text(errors='replace')[-6000:]}")

@@ -1,0 +1,186 @@
+"""Who gets what, in which order, whatever is killed."""
+
+import os
+import signal
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.flow
+
+RECORDER = "tests.flow.apps.recorder"
+GROUPS = "tests.flow.apps.groups"
+
+
+def waiting(flow):
+    return sum(
+        each[key]
+        for each in flow.stats().get("subscriptions", [])
+        for key in ("waiting", "active", "scheduled")
+    )
+
+
+def test_a_thousand_events_to_two_subscribers_while_the_worker_is_killed_five_times(flow):
+    worker = flow.run(RECORDER)
+    flow.wait_for_subscribers("recorder.first", "recorder.second")
+    ids = flow.send_many([("thing.happened", {"n": n, "sleep": 0.002}) for n in range(1000)])
+
+    for kills in range(1, 6):
+        flow.effects.wait_for(300 * kills, timeout=60)
+        worker.restart()
+
+    wait_until(lambda: waiting(flow) == 0, 90, lambda: str(flow.stats()))
+    stats = flow.stats()
+    assert (stats["completed"], stats["total"]) == (1000, 1000)
+    for handler, what in (("first", "done"), ("second", "ran")):
+        seen = {effect["id"] for effect in flow.effects.all(handler=handler, what=what)}
+        assert seen == set(ids)
+    message = flow.message(ids[0])
+    assert [d["status"] for d in message["deliveries"]] == ["completed", "completed"]
+
+
+def test_urgent_ones_go_before_a_thousand_low_ones_that_wait(flow):
+    first = flow.run(RECORDER)
+    flow.wait_for_subscribers("recorder.second")
+    first.stop()
+    low = [("thing.happened", {"n": n}, {"priority": "low"}) for n in range(1000)]
+    flow.send_many(low)
+    flow.send_many([("thing.happened", {"n": n}) for n in range(1000, 1010)], priority="urgent")
+    flow.send("thing.happened", {"n": 2000}, priority="high")
+
+    flow.run(RECORDER)
+    handled = flow.effects.wait_for(1011, handler="second", timeout=60)
+
+    order = [effect["n"] for effect in handled]
+    assert sorted(order[:10]) == list(range(1000, 1010))
+    # ten workers: whatever is reserved together may overlap
+    assert 2000 in order[10:20]
+    places = {n: place for place, n in enumerate(order)}
+    assert all(abs(places[n] - (n + 11)) <= 20 for n in range(1000))
+
+
+def test_a_dead_workers_delivery_is_taken_over_and_burns_no_attempt(flow):
+    workers = [flow.run(RECORDER), flow.run(RECORDER)]
+    flow.wait_for_subscribers("recorder.first")
+    message_id = flow.send("thing.happened", {"sleep": 3}, max_retries=0)
+    (begun,) = flow.effects.wait_for(1, handler="first", what="ran")
+
+    next(worker for worker in workers if worker.pid == begun["pid"]).kill()
+
+    flow.effects.wait_for(1, handler="first", what="done", timeout=15)
+    message = flow.wait_for_status(message_id, "completed")
+    delivery = message["deliveries"][0]
+    assert (delivery["attempts"], delivery["takeovers"]) == (1, 1)
+    assert [h["outcome"] for h in delivery["history"]] == ["taken_over"]
+    assert [e["attempt"] for e in flow.effects.all(handler="first", what="ran")] == [1, 1]
+
+
+def test_a_handler_that_burns_the_processor_keeps_its_lease(flow):
+    flow.run(RECORDER, QUEUE_LEASE_SECONDS="1")
+    flow.run(RECORDER, QUEUE_LEASE_SECONDS="1")
+    flow.wait_for_subscribers("recorder.first")
+
+    message_id = flow.send("thing.happened", {"burn": 8})
+
+    message = flow.wait_for_status(message_id, "completed")
+    assert len(flow.effects.all(handler="first", what="ran")) == 1
+    assert message["deliveries"][0]["takeovers"] == 0
+
+
+def test_a_frozen_worker_cannot_settle_what_was_taken_over(flow):
+    workers = [flow.run(RECORDER), flow.run(RECORDER)]
+    flow.wait_for_subscribers("recorder.first")
+    message_id = flow.send("thing.happened", {"sleep": 1.5})
+    (begun,) = flow.effects.wait_for(1, handler="first", what="ran")
+    frozen = next(worker for worker in workers if worker.pid == begun["pid"])
+
+    os.kill(frozen.pid, signal.SIGSTOP)
+    flow.effects.wait_for(2, handler="first", what="ran", timeout=15)
+    os.kill(frozen.pid, signal.SIGCONT)
+    flow.effects.wait_for(2, handler="first", what="done", timeout=15)
+
+    message = flow.wait_for_status(message_id, "completed")
+    wait_until(lambda: "lease lost" in frozen.output(), 10, "the loss of the lease in the log")
+    delivery = message["deliveries"][0]
+    assert delivery["attempts"] == 1
+    assert not delivery["worker"].endswith(f":{frozen.pid}")
+
+
+def test_terminate_finishes_what_is_short_and_hands_back_what_is_long(flow):
+    worker = flow.run(RECORDER, QUEUE_GRACE_SECONDS="1.5")
+    flow.wait_for_subscribers("recorder.first")
+    short = flow.send("thing.happened", {"sleep": 0.7})
+    long = flow.send("thing.happened", {"sleep": 60}, max_retries=0)
+    flow.effects.wait_for(2, handler="first", what="ran")
+
+    status = worker.terminate(timeout=6)
+
+    assert status == 0
+    assert flow.message(short)["status"] == "completed"
+    delivery = flow.message(long)["deliveries"][0]
+    assert (delivery["status"], delivery["attempts"]) == ("pending", 0)
+    assert [h["outcome"] for h in delivery["history"]] == ["released"]
+
+
+def test_terminate_ends_a_worker_whose_handler_keeps_the_processor(flow):
+    worker = flow.run(RECORDER, QUEUE_GRACE_SECONDS="1")
+    flow.wait_for_subscribers("recorder.first")
+    message_id = flow.send("thing.happened", {"burn": 60}, max_retries=0)
+    flow.effects.wait_for(1, handler="first", what="ran")
+
+    worker.terminate(timeout=6)
+
+    delivery = flow.message(message_id)["deliveries"][0]
+    assert (delivery["status"], delivery["attempts"]) == ("pending", 0)
+
+
+def test_nothing_is_handled_before_its_time(flow):
+    flow.run(RECORDER)
+    flow.wait_for_subscribers("recorder.second")
+    start = datetime.now(UTC)
+    by_delay = flow.send("thing.happened", {"n": 1}, delay=1.5)
+    by_time = flow.send("thing.happened", {"n": 2}, scheduled_at=start + timedelta(seconds=1))
+    at_once = flow.send("thing.happened", {"n": 3})
+
+    flow.effects.wait_for(3, handler="second")
+
+    when = {e["id"]: e["at"] - start.timestamp() for e in flow.effects.all(handler="second")}
+    assert when[at_once] < 1
+    assert 1 <= when[by_time] < 1.5
+    assert 1.5 <= when[by_delay] < 2
+    assert flow.message(by_delay)["scheduledAt"] is not None
+
+
+def test_singleton_broadcast_and_pool(flow):
+    workers = [flow.run(GROUPS), flow.run(GROUPS)]
+    flow.wait_for_subscribers("singleton", "groups.pool")
+    wait_until(
+        lambda: len([s for s in flow.stats()["subscriptions"] if "everyone" in s["subscriber"]])
+        == 2,
+        10,
+        "a subscription for each instance",
+    )
+
+    for n in range(20):
+        flow.send("group.happened", {"n": n})
+    flow.effects.wait_for(80)
+
+    counts = Counter(effect["handler"] for effect in flow.effects.all())
+    assert counts == {"one": 20, "pool": 20, "everyone": 40}
+    by_instance = Counter(e["instance"] for e in flow.effects.all(handler="everyone"))
+    assert sorted(by_instance.values()) == [20, 20]
+    # what was broadcast to an instance ends with it
+    for worker in workers:
+        worker.stop()
+    left = [s["subscriber"] for s in flow.stats()["subscriptions"]]
+    assert sorted(left) == ["groups.pool", "singleton"]
+
+
+def test_an_event_that_nobody_wants_is_kept_and_counted(flow):
+    message_id = flow.send("nobody.cares", {})
+
+    assert flow.message(message_id)["status"] == "completed"
+    assert flow.stats()["unrouted"] == 1

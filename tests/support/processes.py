@@ -1,0 +1,100 @@
+"""Real ``nameko run`` processes, for tests that kill them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.support.waiting import wait_until
+
+ROOT = Path(__file__).parent.parent.parent
+NAMEKO = Path(sys.executable).parent / "nameko"
+
+
+class NamekoProcess:
+    """One ``nameko run``; its output goes to a file that failures show."""
+
+    def __init__(
+        self, *services: str, env: Mapping[str, str], log: Path, arguments: tuple[str, ...] = ()
+    ) -> None:
+        self.log = log
+        self.arguments = [str(NAMEKO), "run", *arguments, *services]
+        self.env = {**_clean_environment(), **env}
+        self._start()
+
+    def _start(self) -> None:
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.arguments,
+                cwd=ROOT,
+                env=self.env,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> None:
+        """SIGKILL: nothing is finished, nothing handed back."""
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self, timeout: float = 15) -> int:
+        """SIGTERM; return the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout)
+
+    def restart(self) -> None:
+        """Kill it and start it again."""
+        self.kill()
+        self._start()
+
+    def stop(self) -> None:
+        """End it, one way or the other."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(12)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+class Effects:
+    """The independent record: a line that a handler appended for each time it ran."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def all(self, **wanted: Any) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        # a handler that was killed may have left half a line
+        lines = self.path.read_text().split("\n")[:-1]
+        found = [json.loads(line) for line in lines]
+        return [each for each in found if wanted.items() <= each.items()]
+
+    def wait_for(self, count: int, timeout: float = 20, **wanted: Any) -> list[dict[str, Any]]:
+        wait_until(
+            lambda: len(self.all(**wanted)) >= count,
+            timeout,
+            lambda: f"{count} effects like {wanted}, only {len(self.all(**wanted))}",
+        )
+        return self.all(**wanted)
+
+
+def _clean_environment() -> dict[str, str]:
+    ours = ("QUEUE_", "REDIS_", "RABBITMQ_", "DB_", "MAIL_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    return {**kept, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,220 @@
+"""Real servers for the tests, each private: a free port, its data in a temporary folder."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pymysql
+import pytest
+
+from tests.support.waiting import wait_until
+
+HOST = "127.0.0.1"
+
+START_SECONDS = 30.0
+"""How long a server may take until it answers: a busy machine recovers slowly."""
+
+STOP_SECONDS = 30.0
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nothing listens on."""
+    with closing(socket.socket()) as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def find_program(name: str, package: str) -> str:
+    """Return the path of a program; without it skip the test, or fail it where ``CI`` is true.
+
+    :param package: what Debian calls the package that has it.
+    """
+    # servers are in folders that only root has in its PATH
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+    found = shutil.which(name, path=path)
+    if found is not None:
+        return found
+    reason = f"{name} was not found: apt install {package}"
+    if os.environ.get("CI", "").lower() == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+class Server(ABC):
+    """A server as a child process, which can be stopped, killed and started again."""
+
+    def __init__(self) -> None:
+        # not pytest's own folder: its name is too long for a socket
+        self.folder = Path(tempfile.mkdtemp(prefix="nameko-tests-"))
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @abstractmethod
+    def command(self) -> Sequence[str]:
+        """Return the command that runs it in the foreground."""
+
+    @abstractmethod
+    def answers(self) -> bool:
+        """Say whether it can be used."""
+
+    @property
+    def log(self) -> Path:
+        """What it printed."""
+        return self.folder / "server.log"
+
+    def start(self) -> None:
+        """Start it, and return once it answers."""
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command(), stdout=output, stderr=output, stdin=subprocess.DEVNULL
+            )
+        wait_until(self._is_up, START_SECONDS, lambda: f"the server to answer: {self._last_words()}")
+
+    def stop(self) -> None:
+        """Shut it down in order, and return once it is gone."""
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait(STOP_SECONDS)
+            self.process = None
+
+    def kill(self) -> None:
+        """SIGKILL: what it has not written yet is lost."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def restart(self) -> None:
+        """Stop it and start it again, on the same port with the same data."""
+        self.stop()
+        self.start()
+
+    def close(self) -> None:
+        """End it, and remove its data."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _is_up(self) -> bool:
+        if self.process is not None and self.process.poll() is not None:
+            raise AssertionError(f"the server ended at once: {self._last_words()}")
+        return self.answers()
+
+    def _last_words(self) -> str:
+        return self.log.read_text(errors="replace")[-2000:]
+
+
+@dataclass(frozen=True, slots=True)
+class MariaDBDatabase:
+    """A database of a test's own, and a user who may do everything in it and nothing else."""
+
+    port: int
+    name: str
+    # quotes, and whatever has a meaning in a URL: who composes one has to escape it
+    user: str = "queue_user"
+    password: str = "p@ss:w/ord?#%'\""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The settings that name it."""
+        return {
+            "DB_HOST": HOST,
+            "DB_PORT": str(self.port),
+            "DB_USER": self.user,
+            "DB_PASSWORD": self.password,
+            "DB_NAME": self.name,
+        }
+
+
+class MariaDBServer(Server):
+    """``mariadbd``, with settings that are fast and yet survive that it is killed."""
+
+    def __init__(self) -> None:
+        self._program = find_program("mariadbd", "mariadb-server")
+        install = find_program("mariadb-install-db", "mariadb-server")
+        super().__init__()
+        self._numbers = itertools.count(1)
+        made = subprocess.run(
+            [install, "--no-defaults", *self._where(), "--skip-test-db", "--skip-name-resolve"]
+            + ["--auth-root-authentication-method=normal"],
+            capture_output=True,
+            check=False,
+        )
+        assert made.returncode == 0, made.stderr.decode() + made.stdout.decode()
+
+    def command(self) -> Sequence[str]:
+        return [
+            self._program,
+            "--no-defaults",
+            *self._where(),
+            f"--socket={self.folder / 'socket'}",
+            f"--pid-file={self.folder / 'pid'}",
+            f"--port={self.port}",
+            f"--bind-address={HOST}",
+            "--skip-networking=OFF",
+            "--skip-name-resolve",
+            "--skip-log-bin",
+            "--performance-schema=OFF",
+            # each commit reaches the kernel, none the disk: only a power failure loses it
+            "--innodb-flush-log-at-trx-commit=2",
+            "--innodb-flush-method=nosync",
+            "--debug-no-sync",
+            "--innodb-log-file-size=16M",
+            "--innodb-buffer-pool-size=64M",
+            "--innodb-fast-shutdown=1",
+        ]
+
+    def answers(self) -> bool:
+        try:
+            self.execute("SELECT 1")
+        except pymysql.MySQLError:
+            return False
+        return True
+
+    def execute(self, *statements: str) -> list[tuple[Any, ...]]:
+        """Execute statements as root; return the rows of the last one."""
+        rows: Sequence[Any] = ()
+        with closing(
+            pymysql.connect(host=HOST, port=self.port, user="root", autocommit=True)
+        ) as connection:
+            with connection.cursor() as cursor:
+                for statement in statements:
+                    cursor.execute(statement)
+                    rows = cursor.fetchall()
+        return list(rows)
+
+    def create_database(self) -> MariaDBDatabase:
+        """Make a database that is empty."""
+        made = MariaDBDatabase(self.port, f"test_{next(self._numbers)}")
+        user = f"'{made.user}'@'%'"
+        password = pymysql.converters.escape_string(made.password)
+        self.execute(
+            f"CREATE DATABASE {made.name} CHARACTER SET utf8mb4",
+            f"CREATE USER IF NOT EXISTS {user} IDENTIFIED BY '{password}'",
+            f"GRANT ALL ON {made.name}.* TO {user}",
+        )
+        return made
+
+    def empty(self, database: MariaDBDatabase) -> None:
+        """Delete all rows but those that say which version the tables are at."""
+        found = self.execute(f"SHOW TABLES IN {database.name}")
+        tables = [name for (name,) in found if not name.endswith("_version")]
+        deletions = [f"DELETE FROM {database.name}.{table}" for table in tables]
+        # by name, parents may come before their children
+        self.execute("SET foreign_key_checks = 0", *deletions)
+
+    def _where(self) -> list[str]:
+        # it refuses to run as root unless it is told to
+        user = ["--user=root"] if os.geteuid() == 0 else []
+        return [*user, f"--datadir={self.folder / 'data'}"]
