@@ -204,7 +204,9 @@ def _too_large(most_bytes: int) -> Problem:
 def _routing_problem(error: HTTPException, request: Request) -> Problem:
     match error:
         case NotFound():
-            return Problem(404, "not-found", "Nothing is here", detail=f"no {request.path}")
+            return Problem(
+                404, "not-found", "Nothing is here", detail=f"nothing is at {request.path}"
+            )
         case MethodNotAllowed():
             allowed = ", ".join(sorted(error.valid_methods or ()))
             detail = f"{request.path} allows {allowed}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from nameko.extensions import DependencyProvider
 
-from shared.contracts import contracts
+from shared.contracts import DEFAULT_VERSION, contracts
 from shared.errors import DispatchError, PayloadError
 from shared.events.client import QueueClient
 from shared.events.relay import Relay
@@ -57,9 +57,10 @@ def make_envelope(
     check_name(queue, "queue")
     check_name(event_type, "event_type")
     kept = _check_metadata(metadata)
-    version = contracts.check(settings.source_of(queue), event_type, payload, kept)
-    if version is not None:
-        kept.setdefault("version", str(version))
+    source = settings.source_of(queue)
+    if contracts.versions(source, event_type):
+        kept.setdefault("version", str(DEFAULT_VERSION))
+    contracts.check(source, event_type, payload, kept)
     if context:
         kept[OWN_METADATA] = {"context": _sendable(context)}
     return Envelope(

@@ -120,7 +120,6 @@ def _subscription_counts(connection: Connection, queue: str) -> list[dict[str, A
     rows = connection.execute(
         select(
             s.subscriber,
-            s.message_type,
             _count_if(and_(d.status.in_(WAITING), d.available_at.is_(None))).label("waiting"),
             _count_if(d.status == DeliveryStatus.PROCESSING).label("active"),
             _count_if(is_scheduled).label("scheduled"),
@@ -128,13 +127,12 @@ def _subscription_counts(connection: Connection, queue: str) -> list[dict[str, A
         )
         .select_from(subscriptions.outerjoin(deliveries))
         .where(s.queue_name == queue, s.retired_at.is_(None))
-        .group_by(s.id, s.subscriber, s.message_type)
-        .order_by(s.id)
+        .group_by(s.subscriber)
+        .order_by(func.min(s.id))
     ).mappings()
     return [
         {
             "subscriber": row["subscriber"],
-            "messageType": row["message_type"],
             **{key: int(row[key]) for key in ("waiting", "active", "scheduled", "dead")},
         }
         for row in rows

@@ -59,14 +59,10 @@ class Flow:
         self._container: ServiceContainer | None = None
         self._reader = make_reader(database_url(self.settings), lambda _: None)
 
-    def run(
-        self, *services: str, arguments: tuple[str, ...] = (), **env: str
-    ) -> NamekoProcess:
+    def run(self, *services: str, arguments: tuple[str, ...] = (), **env: str) -> NamekoProcess:
         """Start ``nameko run`` and wait until its subscriptions are registered."""
         log = self.folder / f"process-{next(self._numbers)}.log"
-        process = NamekoProcess(
-            *services, env={**self.env, **env}, log=log, arguments=arguments
-        )
+        process = NamekoProcess(*services, env={**self.env, **env}, log=log, arguments=arguments)
         self.processes.append(process)
         return process
 

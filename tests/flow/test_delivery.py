@@ -158,8 +158,9 @@ def test_singleton_broadcast_and_pool(flow):
     workers = [flow.run(GROUPS), flow.run(GROUPS)]
     flow.wait_for_subscribers("singleton", "groups.pool")
     wait_until(
-        lambda: len([s for s in flow.stats()["subscriptions"] if "everyone" in s["subscriber"]])
-        == 2,
+        lambda: (
+            len([s for s in flow.stats()["subscriptions"] if "everyone" in s["subscriber"]]) == 2
+        ),
         10,
         "a subscription for each instance",
     )

@@ -235,7 +235,7 @@ names = st.text(min_size=1, max_size=100)
 
 
 @given(email=st.builds("{}@example.org".format, local_parts), first_name=names, last_name=names)
-@settings(deadline=None, max_examples=5000)
+@settings(deadline=None)
 def test_any_name_makes_a_letter_to_one_address(
     email: str, first_name: str, last_name: str
 ) -> None:

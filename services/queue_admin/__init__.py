@@ -1,0 +1,5 @@
+"""Operations of the queue over HTTP."""
+
+from services.queue_admin.service import QueueAdminService
+
+__all__ = ["QueueAdminService"]

@@ -1,0 +1,114 @@
+"""A process beside the tests', which does to the provider what it is told to.
+
+``python -m tests.conformance.process <lab> <config as JSON>`` reads a command as JSON from
+each line of standard input, and answers each by a line.
+"""
+
+from __future__ import annotations
+
+import eventlet
+
+eventlet.monkey_patch()
+
+import json  # noqa: E402
+import os  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+from time import monotonic  # noqa: E402
+from typing import Any  # noqa: E402
+
+from shared.types import Subscription  # noqa: E402
+from tests.conformance.lab import QUEUE, SOURCE, ProviderLab, Worker, lab_class, seqs  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+CONSUME_SECONDS = 30.0
+
+
+class Process:
+    """Starts such a process, and tells it what to do."""
+
+    def __init__(self, lab: ProviderLab, *declared: Subscription) -> None:
+        name = f"{type(lab).__module__}:{type(lab).__qualname__}"
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", __name__, name, json.dumps(lab.config)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.ask("open", [subscription.id for subscription in declared])
+
+    def tell(self, command: str, *args: Any) -> None:
+        """Give it a command, and do not wait."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([command, *args]) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        """Wait for the answer to the oldest command that has none yet."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"the process ended with status {self._process.wait()}"
+        return json.loads(line)
+
+    def ask(self, command: str, *args: Any) -> Any:
+        """Give it a command; return its answer."""
+        self.tell(command, *args)
+        return self.answer()
+
+    def kill(self) -> None:
+        """SIGKILL: it lets go of nothing."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+class _Commands:
+    """What such a process can do; each method is a command."""
+
+    def __init__(self, lab: ProviderLab) -> None:
+        self._worker = Worker(lab, f"process {os.getpid()}")
+
+    def open(self, ids: list[int]) -> None:
+        self._worker.open(*[Subscription(QUEUE, SOURCE, "any", "any", id=id_) for id_ in ids])
+
+    def dispatch(self, event_type: str, count: int) -> list[int]:
+        return seqs(self._worker.dispatch(event_type, count))
+
+    def reserve(self, count: int) -> list[int]:
+        return seqs(self._worker.reserve(count))
+
+    def interrupt(self) -> None:
+        self._worker.interrupt.ring()
+
+    def consume(self, batch: int) -> list[list[int]]:
+        """Reserve and acknowledge until the log has nothing unfinished; return which
+        deliveries this process had, and which of them it was refused."""
+        had: list[int] = []
+        refused: list[int] = []
+        deadline = monotonic() + CONSUME_SECONDS
+        while monotonic() < deadline:
+            leases = self._worker.reserve(batch)
+            had += seqs(leases)
+            if leases:
+                refused += seqs(self._worker.acknowledge(*leases))
+            elif self._worker.unfinished() == 0:
+                break
+            else:
+                self._worker.wait(0.05)
+        return [had, refused]
+
+
+def main(lab: str, config: str) -> None:
+    commands = _Commands(lab_class(lab)(json.loads(config)))
+    for line in sys.stdin:
+        command, *args = json.loads(line)
+        print(json.dumps(getattr(commands, command)(*args)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
