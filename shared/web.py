@@ -343,7 +343,9 @@ def _json_response(
     mimetype: str = "application/json",
 ) -> Response:
     if body is None:
-        return Response(status=status, headers=headers)
+        empty = Response(status=status, headers=headers)
+        del empty.headers["Content-Type"]
+        return empty
     text = json.dumps(body, ensure_ascii=False, allow_nan=False)
     response = Response(text, status=status, headers=headers, mimetype=mimetype)
     # what is told here is true now, and some of it is secret

@@ -13,7 +13,7 @@ import eventlet
 from eventlet.queue import LightQueue
 from nameko.extensions import SharedExtension
 
-from shared.database import Transaction
+from shared.database import Transaction, database_url
 from shared.events.pump import Append, Call, Check, Consume, Finish, Pump, StopConsuming
 from shared.lifecycle import DeliveryStatus
 from shared.native import Mailbox, Promise, Thread
@@ -140,6 +140,7 @@ class QueueClient(SharedExtension):
         def on_registered(registered: list[Subscription]) -> None:
             for handler, subscription in zip(self._handlers, registered, strict=True):
                 self._by_subscription[subscription.id] = handler
+            self._say_ready()
             ready.resolve(None)
 
         self._mailbox.send(Consume(wanted, self.container.max_workers, on_registered))
@@ -147,6 +148,15 @@ class QueueClient(SharedExtension):
             ready.wait()
             return
         _log.warning("the message log does not answer yet; work begins when it does")
+
+    def _say_ready(self) -> None:
+        _log.info(
+            "%s: queue ready provider=%s database=%s subscriptions=%d",
+            self.container.service_name,
+            self.settings.provider,
+            database_url(self.settings).render_as_string(hide_password=True),
+            len(self._handlers),
+        )
 
     def _take(self, leases: list[Lease]) -> None:
         for lease in leases:

@@ -61,9 +61,12 @@ class EmbeddedProvider(QueueProvider):
         self._mine: frozenset[int] = frozenset()
         # when, by this process's own clock, something becomes due of itself
         self._due = math.inf
+        self._turns = 0
 
     def initialize(self) -> None:
         self._bell.listen()
+        with self._joined(None):  # the database answers
+            pass
 
     def close(self) -> None:
         self._bell.close()
@@ -81,7 +84,7 @@ class EmbeddedProvider(QueueProvider):
                 {"its_seq": d.seq, "its_due": tx.later(d.delay)} for d in deliveries if d.delay > 0
             ]
             if later:
-                tx.connection.execute(_SCHEDULE, later)
+                tx.connection.execute(_DELAY, later)
 
     def published(self, deliveries: Sequence[Delivery]) -> None:
         self._bell.ring({delivery.subscription_id for delivery in deliveries})
@@ -93,7 +96,7 @@ class EmbeddedProvider(QueueProvider):
 
     def reserve(self, limits: Mapping[int, int], limit: int, tx: Any = None) -> list[Lease]:
         with self._joined(tx) as tx:
-            ready = self._with_ready(tx, list(limits))
+            ready = self._in_turn(self._with_ready(tx, list(limits)))
             seqs: list[int] = []
             for place, subscription_id in enumerate(ready):
                 # what is left, shared evenly among the subscriptions that have something
@@ -104,19 +107,17 @@ class EmbeddedProvider(QueueProvider):
 
     def settle(self, settlements: Sequence[Settlement], tx: Any = None) -> list[Settlement]:
         with self._joined(tx) as tx:
-            ended = _grouped(settlements)
-            changed = sum(_end(tx, action, token, its) for (action, token), its in ended.items())
-            if changed == len(settlements):
-                return []
             held = _held(tx, [settlement.lease for settlement in settlements])
-            return [x for x in settlements if x.lease not in held]
+            for action, its in _by_action(settlements, held).items():
+                _end(tx, action, its)
+            return [x for x in settlements if _key(x.lease) not in held]
 
     def extend(self, leases: Sequence[Lease], tx: Any = None) -> list[Lease]:
         with self._joined(tx) as tx:
             held = _held(tx, leases)
-            seqs = [lease.delivery.seq for lease in held]
-            tx.connection.execute(_EXTEND, {"seqs": seqs, "until": tx.later(self.settings.lease)})
-            return [lease for lease in leases if lease not in held]
+            until = tx.later(self.settings.lease)
+            tx.connection.execute(_EXTEND, {"seqs": [seq for seq, _ in held], "until": until})
+            return [lease for lease in leases if _key(lease) not in held]
 
     def get_queue_stats(self, queue: str) -> list[SubscriptionStats]:
         with self._joined(None) as tx:
@@ -155,6 +156,12 @@ class EmbeddedProvider(QueueProvider):
         self._due = monotonic() + wait
         return [row.id for row in rows if row.is_ready and row.paused_at is None]
 
+    def _in_turn(self, subscription_ids: list[int]) -> list[int]:
+        """Begin with another one each time: who is first may get all there is room for."""
+        self._turns += 1
+        start = self._turns % max(len(subscription_ids), 1)
+        return subscription_ids[start:] + subscription_ids[:start]
+
     def _set_paused(self, subscription_id: int, is_paused: bool) -> None:
         with self._joined(None) as tx:
             tx.connection.execute(
@@ -188,14 +195,17 @@ def _earliest(time: Any) -> Any:
     return select(time).where(its).order_by(time).limit(1).scalar_subquery()
 
 
-_READY = (
+# What has a time is published already: by its schedule, or to be tried again.
+_IS_NEW = and_(_IS_WAITING, c.lease_expires_at.is_(None), c.available_at.is_(None))
+_READY = update(deliveries).where(c.seq.in_(_SEQS), _IS_NEW).values(ready=True)
+_DELAY = (
     update(deliveries)
-    .where(c.seq.in_(_SEQS), _IS_WAITING, c.lease_expires_at.is_(None))
-    .values(ready=True, available_at=None)
+    .where(c.seq == bindparam("its_seq"), _IS_NEW, c.ready.is_(False))
+    .values(available_at=bindparam("its_due"))
 )
 _SCHEDULE = (
     update(deliveries)
-    .where(c.seq == bindparam("its_seq"), _IS_WAITING, c.ready.is_(False))
+    .where(c.seq == bindparam("its_seq"), _IS_WAITING)
     .values(available_at=bindparam("its_due"))
 )
 _LOOK = select(
@@ -242,7 +252,7 @@ _HELD = (
 _EXTEND = update(deliveries).where(c.seq.in_(_SEQS)).values(lease_expires_at=bindparam("until"))
 _END = (
     update(deliveries)
-    .where(c.seq.in_(_SEQS), c.lease_token == bindparam("token"), c.lease_expires_at.is_not(None))
+    .where(c.seq.in_(_SEQS))
     .values(lease_expires_at=None, ready=bindparam("is_ready"))
 )
 _PURGE = (
@@ -285,31 +295,34 @@ def _load(tx: Transaction, seqs: Iterable[int]) -> list[Lease]:
     ]
 
 
-def _held(tx: Transaction, leases: Sequence[Lease]) -> list[Lease]:
-    """Return those of the leases that are still theirs."""
-    rows = tx.connection.execute(_HELD, {"seqs": [lease.delivery.seq for lease in leases]})
-    tokens = {row.seq: row.lease_token for row in rows}
-    return [lease for lease in leases if tokens.get(lease.delivery.seq) == lease.token]
+def _key(lease: Lease) -> tuple[int, int]:
+    return lease.delivery.seq, lease.token
 
 
-def _grouped(
-    settlements: Sequence[Settlement],
-) -> dict[tuple[SettleAction, int], list[Settlement]]:
-    """Group what one statement can settle; most have the token 1."""
+def _held(tx: Transaction, leases: Sequence[Lease]) -> set[tuple[int, int]]:
+    """Return the keys of the leases that are still held, and have them stay so."""
+    seqs = [lease.delivery.seq for lease in leases]
+    rows = tx.connection.execute(_HELD, {"seqs": seqs})
+    return {(row.seq, row.lease_token) for row in rows} & {_key(lease) for lease in leases}
+
+
+def _by_action(
+    settlements: Sequence[Settlement], held: set[tuple[int, int]]
+) -> dict[SettleAction, list[Settlement]]:
+    """Group what one statement can settle, without what is no longer held."""
     groups = defaultdict(list)
     for settlement in settlements:
-        groups[settlement.action, settlement.lease.token].append(settlement)
+        if _key(settlement.lease) in held:
+            groups[settlement.action].append(settlement)
     return groups
 
 
-def _end(tx: Transaction, action: SettleAction, token: int, ended: Sequence[Settlement]) -> int:
+def _end(tx: Transaction, action: SettleAction, ended: Sequence[Settlement]) -> None:
     seqs = [settlement.lease.delivery.seq for settlement in ended]
-    values = {"seqs": seqs, "token": token, "is_ready": action == SettleAction.RELEASE}
-    changed = tx.connection.execute(_END, values).rowcount
+    tx.connection.execute(_END, {"seqs": seqs, "is_ready": action == SettleAction.RELEASE})
     if action == SettleAction.RETRY:
         rows = [{"its_seq": x.lease.delivery.seq, "its_due": tx.later(x.delay)} for x in ended]
         tx.connection.execute(_SCHEDULE, rows)
-    return changed
 
 
 class Bell:

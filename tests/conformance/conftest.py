@@ -58,8 +58,8 @@ def worker(new_worker: Callable[..., Worker]) -> Worker:
 
 @pytest.fixture
 def placed(worker: Worker) -> Subscription:
-    """The subscription of ``worker``; registering it again returns the same."""
-    return worker.subscribe("placed")[0]
+    """The subscription of ``worker``."""
+    return worker.declared[0]
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ class Worker:
         self.provider = lab.make_provider()
         self.database = Database(database_url(lab.settings), sleep)
         self._joins_log = self.provider.capabilities.joins_log
-        self._declared: list[int] = []
+        self.declared: list[Subscription] = []
 
     def open(self, *declared: Subscription) -> Worker:
         """Connect, and declare subscriptions."""
@@ -127,7 +127,7 @@ class Worker:
         """Declare subscriptions; :meth:`reserve` is for them."""
         if declared:
             self.provider.declare(declared)
-            self._declared += [subscription.id for subscription in declared]
+            self.declared += declared
         return self
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class Worker:
         :param limits: by subscription; by default ``limit`` for each declared one.
         """
         if limits is None:
-            limits = dict.fromkeys(self._declared, limit)
+            limits = {subscription.id: limit for subscription in self.declared}
         if self._joins_log:
             return self._in_log(lambda tx: self._begin(tx, self.provider.reserve(limits, limit, tx)))
         leases = self.provider.reserve(limits, limit)

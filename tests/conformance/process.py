@@ -76,14 +76,14 @@ class _Commands:
     def open(self, ids: list[int]) -> None:
         self._worker.open(*[Subscription(QUEUE, SOURCE, "any", "any", id=id_) for id_ in ids])
 
-    def dispatch(self, event_type: str, count: int) -> list[int]:
-        return seqs(self._worker.dispatch(event_type, count))
+    def dispatch(self, event_type: str, count: int, delay: float | None) -> list[int]:
+        return seqs(self._worker.dispatch(event_type, count, delay=delay))
 
     def reserve(self, count: int) -> list[int]:
         return seqs(self._worker.reserve(count))
 
-    def interrupt(self) -> None:
-        self._worker.interrupt.ring()
+    def resume(self, subscription_id: int) -> None:
+        self._worker.provider.resume(subscription_id)
 
     def consume(self, batch: int) -> list[list[int]]:
         """Reserve and acknowledge until the log has nothing unfinished; return which

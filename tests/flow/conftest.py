@@ -15,7 +15,9 @@ from shared.database import database_url, make_reader
 from shared.events import EventDispatcher, QueueService
 from shared.settings import load_settings
 from shared.store import queries
+from tests.conftest import migrate
 from tests.support.processes import Effects, NamekoProcess
+from tests.support.servers import MariaDBServer
 from tests.support.waiting import wait_until
 
 
@@ -60,16 +62,16 @@ class Flow:
         self._reader = make_reader(database_url(self.settings), lambda _: None)
 
     def run(self, *services: str, arguments: tuple[str, ...] = (), **env: str) -> NamekoProcess:
-        """Start ``nameko run`` and wait until its subscriptions are registered."""
+        """Start ``nameko run`` and wait until it says that it is ready."""
         log = self.folder / f"process-{next(self._numbers)}.log"
         process = NamekoProcess(*services, env={**self.env, **env}, log=log, arguments=arguments)
         self.processes.append(process)
-        return process
-
-    def wait_for_subscribers(self, *subscribers: str) -> None:
         wait_until(
-            lambda: set(subscribers) <= self._subscribers(), 15, f"subscriptions {subscribers}"
+            lambda: process.output().count("queue ready") == len(services),
+            20,
+            lambda: f"{services} to be ready: {process.output()}",
         )
+        return process
 
     def send(self, event_type: str, payload: Any, **options: Any) -> str:
         return self._call("send", event_type, payload, **options)
@@ -114,14 +116,18 @@ class Flow:
         with entrypoint_hook(self.container, method) as call:
             return call(*args, **options)
 
-    def _subscribers(self) -> set[str]:
-        self.container  # noqa: B018 - the tables are made by whoever starts first
-        from sqlalchemy import select
 
-        from shared.tables import subscriptions
-
-        with self._reader.connect() as connection:
-            return set(connection.execute(select(subscriptions.c.subscriber)).scalars())
+@pytest.fixture
+def mariadb_flow(tmp_path: Path) -> Iterator[tuple[Flow, MariaDBServer]]:
+    """A flow on a server of its own, which the test may kill."""
+    server = MariaDBServer()
+    server.start()
+    database = server.create_database()
+    migrate(database.environment)
+    made = Flow(tmp_path, dict(database.environment))
+    yield made, server
+    made.close()
+    server.close()
 
 
 @pytest.fixture

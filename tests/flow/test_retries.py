@@ -13,9 +13,7 @@ RECORDER = "tests.flow.apps.recorder"
 
 @pytest.fixture
 def recorder(flow):
-    process = flow.run(RECORDER)
-    flow.wait_for_subscribers("recorder.first", "recorder.second", "recorder.timed")
-    return process
+    return flow.run(RECORDER)
 
 
 def delivery_of(message, subscriber):

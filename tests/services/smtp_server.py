@@ -8,6 +8,7 @@ hears of it. What it says to an address depends on the part before the @::
     later      451 to the first RCPT, 250 to those after it
     unwanted   554 to DATA
     crowded    452 to DATA
+    slow       250 to DATA, after a fifth of a second
     silent     nothing at all to DATA
 
 A sender called ``banned`` gets 550 to MAIL.
@@ -60,6 +61,8 @@ class Handler:
         name = envelope.rcpt_tos[0].split("@")[0]
         if name == "silent":
             await asyncio.Event().wait()
+        if name == "slow":
+            await asyncio.sleep(0.2)
         if name in ANSWERS:
             return ANSWERS[name]
         self.write_down(server, session, envelope)

@@ -1,0 +1,245 @@
+"""What operations do: look, pause, purge; and a server that goes away and comes back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from shared.errors import (
+    ProviderUnavailableError,
+    StoreUnavailableError,
+    UnsupportedByProviderError,
+)
+from shared.providers import SubscriptionStats
+from shared.types import Priority, SettleAction, Settlement, Subscription
+from tests.conformance.lab import QUEUE, ProviderLab, Worker, elapsed, seqs
+from tests.conformance.process import Process
+
+NewWorker = Callable[..., Worker]
+
+
+class TestPause:
+    def test_holds_for_every_instance(
+        self, worker: Worker, other: Worker, placed: Subscription
+    ) -> None:
+        sent = worker.dispatch("placed")
+        worker.provider.pause(placed.id)
+        worker.provider.pause(placed.id)
+        sent += worker.dispatch("placed")
+        assert worker.reserve() == other.reserve() == []
+        other.provider.resume(placed.id)
+        assert seqs(worker.reserve()) == seqs(sent)
+
+    def test_holds_for_no_other_subscription(self, worker: Worker, placed: Subscription) -> None:
+        worker.subscribe("paid")
+        worker.provider.pause(placed.id)
+        worker.dispatch("placed")
+        paid = worker.dispatch("paid")
+        assert seqs(worker.reserve()) == seqs(paid)
+
+    def test_holds_for_what_becomes_due(self, worker: Worker, placed: Subscription) -> None:
+        sent = worker.dispatch("placed", delay=0.1)
+        worker.provider.pause(placed.id)
+        worker.reserves_nothing_for(0.3, meanwhile=lambda: None)
+        worker.provider.resume(placed.id)
+        assert seqs(worker.reserve_within(worker.lab.promptly)) == seqs(sent)
+
+    def test_lets_who_has_a_lease_settle(self, worker: Worker, placed: Subscription) -> None:
+        sent = worker.dispatch("placed", 2)
+        done, released = worker.reserve()
+        worker.provider.pause(placed.id)
+        assert worker.extend(done, released) == []
+        assert worker.acknowledge(done) == []
+        assert worker.release(released) == []
+        assert worker.reserve() == []
+        worker.provider.resume(placed.id)
+        assert seqs(worker.reserve()) == seqs(sent[1:])
+
+    def test_ends_with_a_push(
+        self, worker: Worker, placed: Subscription, new_process: Callable[..., Process]
+    ) -> None:
+        process = new_process()
+        sent = worker.dispatch("placed")
+        worker.provider.pause(placed.id)
+        assert worker.reserve() == []
+        process.tell("resume", placed.id)
+        with elapsed(at_most=worker.lab.promptly):
+            assert seqs(worker.reserve_within(30)) == seqs(sent)
+        process.answer()
+
+
+class TestPeek:
+    @pytest.fixture(autouse=True)
+    def _can(self, worker: Worker, placed: Subscription) -> None:
+        if not worker.provider.capabilities.peek:
+            with pytest.raises(UnsupportedByProviderError):
+                worker.provider.peek(placed.id, 1)
+            pytest.skip("the provider cannot peek, and says so")
+
+    def test_shows_what_would_be_reserved(self, worker: Worker, placed: Subscription) -> None:
+        normal = worker.dispatch("placed", 3, body='{"n":1}')
+        urgent = worker.dispatch("placed", 1, priority=Priority.URGENT)
+        worker.dispatch("placed", delay=60)
+        seen = worker.provider.peek(placed.id, 3)
+        has_priorities = worker.provider.capabilities.priorities
+        expected = [*urgent, *normal[:2]] if has_priorities else normal
+        assert seqs(seen) == seqs(expected)
+        assert seen[-1].message.body == '{"n":1}'
+        assert seqs(worker.reserve(3)) == seqs(expected)
+
+    def test_reserves_nothing(self, worker: Worker, other: Worker, placed: Subscription) -> None:
+        sent = worker.dispatch("placed", 2)
+        for _ in range(2):
+            assert seqs(worker.provider.peek(placed.id, 10)) == seqs(sent)
+        leases = other.reserve()
+        assert seqs(leases) == seqs(sent)
+        assert worker.provider.peek(placed.id, 10) == []
+        assert other.acknowledge(*leases) == []
+
+    def test_shows_what_is_paused(self, worker: Worker, placed: Subscription) -> None:
+        sent = worker.dispatch("placed")
+        worker.provider.pause(placed.id)
+        assert seqs(worker.provider.peek(placed.id, 10)) == seqs(sent)
+
+    def test_shows_nothing_of_other_subscriptions(self, worker: Worker) -> None:
+        [paid] = worker.subscribe("paid")
+        worker.dispatch("placed")
+        assert worker.provider.peek(paid.id, 10) == []
+
+
+class TestPurge:
+    def test_removes_and_counts_what_waits(
+        self, worker: Worker, other: Worker, placed: Subscription
+    ) -> None:
+        worker.dispatch("placed", 4)
+        worker.dispatch("placed", 2, delay=0.1)
+        leased, retried = worker.reserve(2)
+        worker.retry(retried, delay=0.1)
+        # two wait, three wait for their time, one is leased
+        assert other.provider.purge(placed.id) == 5
+        assert other.provider.purge(placed.id) == 0
+        worker.reserves_nothing_for(0.3, meanwhile=lambda: None)
+        assert worker.acknowledge(leased) == []
+
+    def test_leaves_other_subscriptions_alone(self, worker: Worker, placed: Subscription) -> None:
+        worker.subscribe("paid")
+        worker.dispatch("placed")
+        paid = worker.dispatch("paid")
+        assert worker.provider.purge(placed.id) == 1
+        assert seqs(worker.reserve()) == seqs(paid)
+
+    def test_leaves_what_comes_after_alone(self, worker: Worker, placed: Subscription) -> None:
+        worker.dispatch("placed")
+        worker.provider.purge(placed.id)
+        later = worker.dispatch("placed")
+        assert seqs(worker.reserve()) == seqs(later)
+
+
+class TestStats:
+    def test_count_by_subscription(self, worker: Worker) -> None:
+        worker.subscribe("placed", subscriber="other.note")
+        worker.dispatch("placed", 6)
+        worker.dispatch("placed", 1, delay=60)
+        ours, theirs = worker.declared
+        one, two, three, _ = worker.reserve(4, {ours.id: 4})
+        worker.acknowledge(one)
+        worker.retry(two, delay=60)
+        worker.dead_letter(three)
+        assert worker.provider.get_queue_stats(QUEUE) == [
+            SubscriptionStats(ours.subscriber, waiting=2, active=1, scheduled=2, dead=1),
+            SubscriptionStats(theirs.subscriber, waiting=6, active=0, scheduled=1, dead=0),
+        ]
+
+    def test_are_zero_where_nothing_was_published(self, worker: Worker) -> None:
+        [ours] = worker.declared
+        nothing = SubscriptionStats(ours.subscriber, waiting=0, active=0, scheduled=0, dead=0)
+        assert worker.provider.get_queue_stats(QUEUE) == [nothing]
+
+    def test_are_empty_for_an_unknown_queue(self, worker: Worker) -> None:
+        assert worker.provider.get_queue_stats("no-such-queue") == []
+
+    def test_are_the_same_from_each_instance(self, worker: Worker, other: Worker) -> None:
+        worker.dispatch("placed", 2)
+        worker.reserve(1)
+        [stats] = other.provider.get_queue_stats(QUEUE)
+        assert (stats.waiting, stats.active) == (1, 1)
+
+
+class TestHealth:
+    def test_is_good(self, worker: Worker) -> None:
+        assert worker.provider.health_check() is True
+        assert worker.provider.health_check() is True
+
+
+class TestOutage:
+    @pytest.fixture
+    def outage(self, lab: ProviderLab) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        if not lab.can_stop:
+            pytest.skip("there is no server to stop")
+
+        @contextlib.contextmanager
+        def take_away() -> Iterator[None]:
+            lab.stop_server()
+            try:
+                yield
+            finally:
+                lab.start_server()
+
+        return take_away
+
+    def test_is_seen_and_survived(
+        self, worker: Worker, outage: Callable[..., contextlib.AbstractContextManager[None]]
+    ) -> None:
+        provider = worker.provider
+        [placed] = worker.declared
+        sent = worker.dispatch("placed", 2)
+        leases = worker.reserve(1)
+        with outage(), elapsed(at_most=10):
+            assert provider.health_check() is False
+            for call in (
+                provider.initialize,
+                lambda: provider.publish(sent),
+                lambda: provider.reserve({placed.id: 1}, 1),
+                lambda: provider.settle([Settlement(leases[0], SettleAction.ACKNOWLEDGE)]),
+                lambda: provider.extend(leases),
+                lambda: provider.get_queue_stats(QUEUE),
+                lambda: provider.pause(placed.id),
+                lambda: provider.resume(placed.id),
+                lambda: provider.peek(placed.id, 1),
+                lambda: provider.purge(placed.id),
+            ):
+                with pytest.raises(ProviderUnavailableError) as raised:
+                    call()
+                assert str(raised.value)
+            assert provider.health_check() is False
+        provider.initialize()
+        assert provider.health_check() is True
+        provider.declare([placed])
+        # the lease may have run out meanwhile, and then it is the first again
+        taken = worker.reserve_within(worker.lab.promptly + 2, 1)
+        assert taken[0].delivery.seq in seqs(sent)
+        assert worker.acknowledge(*taken) == []
+
+    def test_that_nobody_noticed_is_survived(
+        self, worker: Worker, outage: Callable[..., contextlib.AbstractContextManager[None]]
+    ) -> None:
+        sent = worker.dispatch("placed")
+        with outage():
+            pass
+        try:
+            leases = worker.reserve_within(worker.lab.promptly)
+        except (ProviderUnavailableError, StoreUnavailableError):
+            # what was lost is found out once
+            worker.provider.initialize()
+            leases = worker.reserve_within(worker.lab.promptly)
+        assert seqs(leases) == seqs(sent)
+
+    def test_ends_a_wait_for_nobody(
+        self, worker: Worker, outage: Callable[..., contextlib.AbstractContextManager[None]]
+    ) -> None:
+        with outage(), contextlib.suppress(ProviderUnavailableError):
+            worker.interrupt.ring()
+            with elapsed(at_most=worker.lab.promptly):
+                worker.wait(30)

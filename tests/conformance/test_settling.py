@@ -1,0 +1,213 @@
+"""How leases end: by being settled, by running out, by being taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+
+from shared.types import Lease, SettleAction, Settlement, Subscription
+from tests.conformance.lab import LEASE_SECONDS, Worker, elapsed, seqs
+from tests.conformance.process import Process
+from tests.conformance.test_waiting import CLOCK_SECONDS
+
+NewProcess = Callable[..., Process]
+
+
+class TestSettling:
+    def test_acknowledged_is_gone(self, worker: Worker, other: Worker) -> None:
+        worker.dispatch("placed", 2)
+        assert worker.acknowledge(*worker.reserve()) == []
+        assert worker.reserve() == []
+        assert other.reserve() == []
+
+    def test_nothing(self, worker: Worker) -> None:
+        assert worker.provider.settle([]) == []
+
+    def test_retried_comes_again_after_its_delay(self, worker: Worker) -> None:
+        sent = worker.dispatch("placed")
+        leases = worker.reserve()
+        with elapsed(0.3 - CLOCK_SECONDS, 0.3 + worker.lab.promptly):
+            assert worker.retry(*leases, delay=0.3) == []
+            [lease] = worker.reserve_within(30)
+        assert seqs([lease]) == seqs(sent)
+        assert lease.delivery.attempts == 1
+
+    def test_retried_without_delay_comes_again_at_once(self, worker: Worker) -> None:
+        sent = worker.dispatch("placed")
+        worker.retry(*worker.reserve(), delay=0)
+        assert seqs(worker.reserve_within(worker.lab.promptly)) == seqs(sent)
+
+    def test_a_retry_that_waits_holds_nobody_up(self, worker: Worker) -> None:
+        sent = worker.dispatch("placed", 2)
+        worker.retry(*worker.reserve(1), delay=3600)
+        assert seqs(worker.reserve()) == seqs(sent[1:])
+
+    def test_a_dead_letter_does_not_come_again(self, worker: Worker, other: Worker) -> None:
+        worker.dispatch("placed")
+        assert worker.dead_letter(*worker.reserve()) == []
+        assert other.reserve() == []
+
+    def test_released_is_first_again(self, worker: Worker, other: Worker) -> None:
+        sent = worker.dispatch("placed", 3)
+        first = worker.reserve(1)
+        assert worker.release(*first) == []
+        [again, *_] = leases = other.reserve()
+        assert seqs(leases) == seqs(sent)
+        assert again.delivery.attempts == 0
+
+    def test_many_at_once_each_in_its_own_way(self, worker: Worker, other: Worker) -> None:
+        sent = worker.dispatch("placed", 8)
+        leases = worker.reserve()
+        actions = list(SettleAction) * 2
+        ended = [Settlement(*each, 0.0) for each in zip(leases, actions, strict=True)]
+        assert worker.settle(*ended) == []
+        back = (SettleAction.RETRY, SettleAction.RELEASE)
+        expected = [each.seq for each, action in zip(sent, actions, strict=True) if action in back]
+        assert sorted(seqs(other.reserve_within(worker.lab.promptly, 4))) == expected
+
+    def test_twice_is_refused_and_changes_nothing(self, worker: Worker) -> None:
+        worker.dispatch("placed", 4)
+        one, two, three, four = leases = worker.reserve()
+        assert worker.acknowledge(one) == []
+        assert worker.retry(two, delay=3600) == []
+        assert worker.dead_letter(three) == []
+        assert worker.retry(four, delay=3600) == []
+        assert worker.retry(*leases, delay=0) == leases
+        assert worker.release(*leases) == leases
+        assert worker.reserve() == []
+
+    def test_refuses_only_what_is_to_be_refused(self, worker: Worker) -> None:
+        worker.dispatch("placed", 3)
+        one, two, three = worker.reserve()
+        worker.acknowledge(two)
+        assert worker.acknowledge(one, two, three) == [two]
+        assert worker.reserve() == []
+
+
+class TestFencing:
+    def test_who_lost_a_lease_can_no_longer_settle(self, worker: Worker, other: Worker) -> None:
+        """Given leases that were taken over, and whose new holder is done with one of them."""
+        worker.dispatch("placed", 5)
+        lost = worker.reserve()
+        held = other.reserve_within(LEASE_SECONDS + worker.lab.promptly, 5)
+        assert seqs(held) == seqs(lost)
+        other.retry(held[4], delay=3600)
+        # when the old holder settles them, each in another way
+        actions = [*SettleAction, SettleAction.RETRY]
+        stale = [Settlement(lease, action, 0.0) for lease, action in zip(lost, actions, strict=True)]
+        # then each is refused, nothing comes back, and the new holder has all of them
+        assert worker.settle(*stale) == lost
+        assert worker.reserve() == []
+        assert other.acknowledge(*held[:4]) == []
+        assert worker.reserve() == []
+
+    def test_a_batch_is_refused_in_part(self, worker: Worker, other: Worker) -> None:
+        worker.dispatch("placed")
+        lost = worker.reserve()
+        other.reserve_within(LEASE_SECONDS + worker.lab.promptly)
+        worker.dispatch("placed")
+        held = worker.reserve()
+        assert worker.acknowledge(*held, *lost) == lost
+        assert worker.extend(*held) == held
+
+    def test_tokens_grow(self, worker: Worker, other: Worker) -> None:
+        worker.dispatch("placed")
+        tokens = []
+        for _ in range(3):
+            [lease] = worker.reserve()
+            tokens.append(lease.token)
+            worker.release(lease)
+        [lease] = worker.reserve()
+        worker.retry(lease, delay=0)
+        [again] = worker.reserve_within(worker.lab.promptly)
+        [taken_over] = other.reserve_within(LEASE_SECONDS + worker.lab.promptly)
+        tokens += [lease.token, again.token, taken_over.token]
+        assert tokens == sorted(set(tokens))
+        assert tokens[0] > 0
+
+
+class TestLeases:
+    def test_run_out_when_nobody_renews_them(self, worker: Worker, other: Worker) -> None:
+        sent = worker.dispatch("placed", 2)
+        with elapsed(LEASE_SECONDS - CLOCK_SECONDS, LEASE_SECONDS + worker.lab.promptly):
+            worker.reserve()
+            assert seqs(other.reserve_within(30, 2)) == seqs(sent)
+
+    def test_last_as_long_as_they_are_renewed(self, worker: Worker, other: Worker) -> None:
+        worker.dispatch("placed", 2)
+        kept, left = worker.reserve()
+
+        def renew() -> None:
+            assert worker.extend(kept) == []
+
+        deadline = monotonic() + 1.5 * LEASE_SECONDS
+        assert seqs(renewing_until_taken_over(worker, other, kept)) == seqs([left])
+        other.reserves_nothing_for(deadline - monotonic(), meanwhile=renew)
+        assert worker.acknowledge(kept) == []
+
+    def test_are_renewed_for_a_full_term(self, worker: Worker, other: Worker) -> None:
+        worker.dispatch("placed")
+        leases = worker.reserve()
+        other.reserves_nothing_for(LEASE_SECONDS / 2, meanwhile=lambda: None)
+        with elapsed(LEASE_SECONDS - CLOCK_SECONDS, LEASE_SECONDS + worker.lab.promptly):
+            worker.extend(*leases)
+            other.reserve_within(30)
+
+    def test_that_are_lost_are_said_to_be(self, worker: Worker, other: Worker) -> None:
+        worker.dispatch("placed", 2)
+        taken_over, settled = worker.reserve()
+        worker.acknowledge(settled)
+        held = other.reserve_within(LEASE_SECONDS + worker.lab.promptly)
+        worker.dispatch("placed")
+        [mine] = worker.reserve()
+        assert worker.extend(taken_over, mine, settled) == [taken_over, settled]
+        assert worker.extend() == []
+        assert other.extend(*held) == []
+
+    def test_end_with_a_killed_process(
+        self, worker: Worker, placed: Subscription, new_process: NewProcess
+    ) -> None:
+        sent = worker.dispatch("placed", 3)
+        process = new_process(placed)
+        assert process.ask("reserve", 3) == seqs(sent)
+        process.kill()
+        with elapsed(at_most=LEASE_SECONDS + worker.lab.promptly):
+            leases = worker.reserve_within(30, 3)
+        assert sorted(seqs(leases)) == seqs(sent)
+        assert [lease.delivery.attempts for lease in leases] == [0, 0, 0]
+        assert worker.acknowledge(*leases) == []
+
+
+def renewing_until_taken_over(holder: Worker, taker: Worker, kept: Lease) -> list[Lease]:
+    """Renew ``kept`` for as long as it takes until another lease of ``holder`` runs out."""
+    deadline = monotonic() + LEASE_SECONDS + holder.lab.promptly
+    while not (taken := taker.reserve()):
+        assert monotonic() < deadline
+        assert holder.extend(kept) == []
+        taker.wait(LEASE_SECONDS / 5)
+    return taken
+
+
+class TestSeveralConsumers:
+    def test_get_different_deliveries(self, worker: Worker, other: Worker) -> None:
+        sent = worker.dispatch("placed", 20)
+        mine, theirs = [], []
+        for _ in range(5):
+            mine += worker.reserve(2)
+            theirs += other.reserve(2)
+        assert sorted(seqs([*mine, *theirs])) == seqs(sent)
+
+    def test_get_each_of_a_thousand_once(
+        self, worker: Worker, placed: Subscription, new_process: NewProcess
+    ) -> None:
+        processes = [new_process(placed) for _ in range(2)]
+        sent = worker.dispatch("placed", 500)
+        for process in processes:
+            process.tell("consume", 7)
+        sent += worker.dispatch("placed", 500)
+        (mine, mine_refused), (theirs, theirs_refused) = (p.answer() for p in processes)
+        assert sorted([*mine, *theirs]) == seqs(sent)
+        assert mine_refused == theirs_refused == []
+        # both had a part of it, or nothing was tried
+        assert min(len(mine), len(theirs)) > 0
+        assert worker.unfinished() == 0

@@ -1,0 +1,132 @@
+"""Delays, and how a consumer that waits is woken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from time import monotonic
+
+from eventlet import patcher
+
+from shared.native import select
+from shared.types import Subscription
+from tests.conformance.lab import Worker, elapsed, seqs
+from tests.conformance.process import Process
+
+native_threading = patcher.original("threading")
+
+NewProcess = Callable[..., Process]
+
+CLOCK_SECONDS = 0.005
+"""By how much two clocks may disagree that both count to the millisecond."""
+
+
+class TestDelay:
+    def test_is_kept_and_no_longer(self, worker: Worker) -> None:
+        with elapsed(0.4 - CLOCK_SECONDS, 0.4 + worker.lab.promptly):
+            sent = worker.dispatch("placed", delay=0.4)
+            assert seqs(worker.reserve_within(30)) == seqs(sent)
+
+    def test_that_is_over_is_none(self, worker: Worker) -> None:
+        sent = worker.dispatch("placed", delay=0)
+        assert seqs(worker.reserve()) == seqs(sent)
+
+    def test_far_off_delays_no_other(self, worker: Worker) -> None:
+        worker.dispatch("placed", 3, delay=3600)
+        near = worker.dispatch("placed", delay=0.3)
+        now = worker.dispatch("placed")
+        assert seqs(worker.reserve()) == seqs(now)
+        with elapsed(at_most=0.3 + worker.lab.promptly):
+            assert seqs(worker.reserve_within(30)) == seqs(near)
+
+    def test_orders_what_waits(self, worker: Worker) -> None:
+        late = worker.dispatch("placed", delay=0.4)
+        early = worker.dispatch("placed", delay=0.2)
+        assert seqs(worker.reserve_within(30)) == seqs(early)
+        assert seqs(worker.reserve_within(30)) == seqs(late)
+
+    def test_survives_its_dispatcher(self, worker: Worker, new_process: NewProcess) -> None:
+        process = new_process()
+        sent = process.ask("dispatch", "placed", 1, 0.3)
+        process.kill()
+        assert seqs(worker.reserve_within(0.3 + worker.lab.promptly)) == sent
+
+
+class TestWaiting:
+    def test_ends_when_another_process_publishes(
+        self, worker: Worker, placed: Subscription, new_process: NewProcess
+    ) -> None:
+        process = new_process()
+        for _ in range(10):
+            assert worker.reserve() == []
+            process.tell("dispatch", "placed", 1, None)
+            with elapsed(at_most=worker.lab.promptly):
+                leases = worker.reserve_within(30)
+            assert seqs(leases) == process.answer()
+
+    def test_ends_when_this_process_publishes(self, worker: Worker, other: Worker) -> None:
+        assert worker.reserve() == []
+        sent = other.dispatch("placed")
+        with elapsed(at_most=worker.lab.promptly):
+            assert seqs(worker.reserve_within(30)) == seqs(sent)
+
+    def test_misses_nothing_published_before_it_began(self, worker: Worker, other: Worker) -> None:
+        for _ in range(3):
+            assert worker.reserve() == []
+            sent = other.dispatch("placed")
+            with elapsed(at_most=worker.lab.promptly):
+                worker.wait(30)
+                leases = worker.reserve_within(30)
+            assert seqs(leases) == seqs(sent)
+
+    def test_ends_when_another_releases(self, worker: Worker, other: Worker) -> None:
+        worker.dispatch("placed")
+        leases = other.reserve()
+        assert worker.reserve() == []
+        other.release(*leases)
+        other.provider.published([lease.delivery for lease in leases])
+        with elapsed(at_most=worker.lab.promptly):
+            assert seqs(worker.reserve_within(30)) == seqs(leases)
+
+    def test_ends_when_interrupted(self, worker: Worker) -> None:
+        assert worker.reserve() == []
+        timer = native_threading.Timer(0.1, worker.interrupt.ring)
+        timer.start()
+        with elapsed(at_most=0.1 + worker.lab.promptly):
+            while not is_readable(worker):
+                worker.wait(30)
+        timer.join()
+
+    def test_does_not_begin_when_interrupted_before(self, worker: Worker) -> None:
+        worker.interrupt.ring()
+        with elapsed(at_most=worker.lab.promptly):
+            worker.wait(30)
+
+    def test_ends_with_its_time(self, worker: Worker) -> None:
+        assert worker.reserve() == []
+        with elapsed(at_most=0.2 + worker.lab.promptly):
+            worker.wait(0.2)
+
+    def test_costs_little(self, worker: Worker) -> None:
+        assert worker.reserve() == []
+        before, deadline, waits = os.times(), monotonic() + 1, 0
+        while (left := deadline - monotonic()) > 0:
+            worker.wait(left)
+            waits += 1
+            assert worker.reserve() == []
+        after = os.times()
+        assert after.user + after.system - before.user - before.system < 0.2
+        assert waits <= 50
+
+    def test_serves_who_joins_later(self, worker: Worker, new_process: NewProcess) -> None:
+        process = new_process()
+        [paid] = worker.subscribe("paid")
+        process.tell("dispatch", "paid", 1, None)
+        with elapsed(at_most=worker.lab.promptly):
+            [lease] = worker.reserve_within(30)
+        assert lease.delivery.subscription_id == paid.id
+        assert [lease.delivery.seq] == process.answer()
+
+
+def is_readable(worker: Worker) -> bool:
+    return bool(select([worker.interrupt], [], [], 0)[0])
