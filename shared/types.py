@@ -127,6 +127,11 @@ class Lease:
     delivery: Delivery
     token: int
 
+    @property
+    def is_redelivered(self) -> bool:
+        """Whether it may have been reserved before."""
+        return self.token > 1
+
 
 class SettleAction(StrEnum):
     """What a provider is told to do with a leased delivery."""

@@ -43,12 +43,12 @@ class AuthEventsService:
     db = DatabaseSession(Base, engine_options={"hide_parameters": True})
     dispatch = EventDispatcher()
 
-    @http("POST", "/auth/register", schema=RegisterSchema, sensitive_arguments="body.password")
+    @http("POST", "/auth/register", schema=RegisterSchema)
     def register(self, _request: Request, body: dict[str, Any]) -> Answer:
         """Create a user, and dispatch ``user.registered``."""
         return 201, sign_up(self.db, self.dispatch, body)
 
-    @http("POST", "/auth/login", schema=LoginSchema, sensitive_arguments="body.password")
+    @http("POST", "/auth/login", schema=LoginSchema)
     def login(self, request: Request, body: dict[str, Any]) -> Answer:
         """Open a session, and dispatch ``user.logged_in``."""
         user = authenticate(self.db, body["email"], body["password"])

@@ -276,8 +276,10 @@ class Pump:
             self._pass_on(turn)
         except CommitUncertainError as exc:
             self._resolve_uncertain(turn, exc)
-            return
-        self._answer(turn)
+        else:
+            self._answer(turn)
+        if turn.new:
+            self._provider.published(turn.new)
 
     def _pass_on(self, turn: Turn) -> None:
         """Take events and outcomes their one way: log, provider, and what is to be handled next."""
@@ -287,13 +289,12 @@ class Pump:
             self._in_transaction(turn, self._store, self._refresh)
             self._move(None, turn)
             self._in_transaction(turn, self._begin, self._refresh)
-        if turn.new:
-            self._provider.published(turn.new)
 
     def _in_transaction(self, turn: Turn, *steps: Callable[[Transaction, Turn], None]) -> None:
         for left in reversed(range(TRANSIENT_TRIES)):
             try:
-                with self._database.transaction() as tx:
+                # an outcome lost to a power failure is a delivery that comes again
+                with self._database.transaction(durable=bool(turn.appends)) as tx:
                     for step in steps:
                         step(tx, turn)
                 return

@@ -13,7 +13,7 @@ import math
 import os
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -25,9 +25,12 @@ from sqlalchemy import (
     bindparam,
     case,
     exists,
+    false,
     func,
+    literal_column,
     or_,
     select,
+    true,
     update,
 )
 
@@ -38,6 +41,7 @@ from shared.native import select as wait_readable
 from shared.native import sleep, socket
 from shared.providers.base import Capabilities, QueueProvider, SubscriptionStats
 from shared.settings import Settings
+from shared.statements import Prepared
 from shared.tables import MESSAGE_COLUMNS, deliveries, envelope_of, messages, subscriptions
 from shared.types import Delivery, Lease, SettleAction, Settlement, Subscription
 
@@ -79,12 +83,12 @@ class EmbeddedProvider(QueueProvider):
         with self._joined(tx) as tx:
             at_once = [d.seq for d in deliveries if d.delay <= 0]
             if at_once:
-                tx.connection.execute(_READY, {"seqs": at_once})
+                _READY.change(tx, {"seqs": at_once})
             later = [
                 {"its_seq": d.seq, "its_due": tx.later(d.delay)} for d in deliveries if d.delay > 0
             ]
             if later:
-                tx.connection.execute(_DELAY, later)
+                _DELAY.change_many(tx, later)
 
     def published(self, deliveries: Sequence[Delivery]) -> None:
         self._bell.ring({delivery.subscription_id for delivery in deliveries})
@@ -102,7 +106,7 @@ class EmbeddedProvider(QueueProvider):
                 # what is left, shared evenly among the subscriptions that have something
                 share = -(-(limit - len(seqs)) // (len(ready) - place))
                 values = {"id": subscription_id, "limit": min(share, limits[subscription_id])}
-                seqs += tx.connection.execute(_NEXT, values).scalars()
+                seqs += [row.seq for row in _NEXT.fetch(tx, values)]
             return _lease(tx, seqs, self.settings.lease)
 
     def settle(self, settlements: Sequence[Settlement], tx: Any = None) -> list[Settlement]:
@@ -116,12 +120,13 @@ class EmbeddedProvider(QueueProvider):
         with self._joined(tx) as tx:
             held = _held(tx, leases)
             until = tx.later(self.settings.lease)
-            tx.connection.execute(_EXTEND, {"seqs": [seq for seq, _ in held], "until": until})
+            if held:
+                _EXTEND.change(tx, {"seqs": [seq for seq, _ in held], "until": until})
             return [lease for lease in leases if _key(lease) not in held]
 
     def get_queue_stats(self, queue: str) -> list[SubscriptionStats]:
         with self._joined(None) as tx:
-            return [SubscriptionStats(*row) for row in tx.connection.execute(_STATS, {"q": queue})]
+            return [SubscriptionStats(*row) for row in _STATS.fetch(tx, {"q": queue})]
 
     def health_check(self) -> bool:
         return self._database.ping()
@@ -136,21 +141,23 @@ class EmbeddedProvider(QueueProvider):
     def peek(self, subscription_id: int, limit: int) -> list[Delivery]:
         with self._joined(None) as tx:
             values = {"id": subscription_id, "limit": limit}
-            seqs = list(tx.connection.execute(_NEXT, values).scalars())
+            seqs = [row.seq for row in _NEXT.fetch(tx, values)]
             return [lease.delivery for lease in _load(tx, seqs)]
 
     def purge(self, subscription_id: int) -> int:
         with self._joined(None) as tx:
-            return tx.connection.execute(_PURGE, {"id": subscription_id}).rowcount
+            return _PURGE.change(tx, {"id": subscription_id})
 
     def _with_ready(self, tx: Transaction, subscription_ids: list[int]) -> list[int]:
         """Return which subscriptions have something ready, after what is due was made so."""
+        if not subscription_ids:
+            return []
         values = {"ids": subscription_ids}
-        rows = tx.connection.execute(_LOOK, values).all()
+        rows = _LOOK.fetch(tx, values)
         times = [time for row in rows for time in (row.available, row.lease) if time is not None]
         if times and min(times) <= tx.now:
-            tx.connection.execute(_DUE, {**values, "now": tx.now})
-            tx.connection.execute(_TAKE_OVER, {**values, "now": tx.now})
+            _DUE.change(tx, {**values, "now": tx.now})
+            _TAKE_OVER.change(tx, {**values, "now": tx.now})
             return self._with_ready(tx, subscription_ids)
         wait = (min(times) - tx.now).total_seconds() if times else math.inf
         self._due = monotonic() + wait
@@ -183,10 +190,11 @@ class EmbeddedProvider(QueueProvider):
             raise ProviderUnavailableError(str(exc)) from exc
 
 
-# Statements are built once: building one takes longer than executing it.
 _SEQS: BindParameter[Any] = bindparam("seqs", expanding=True)
 _IDS: BindParameter[Any] = bindparam("ids", expanding=True)
 _NOW = bindparam("now", type_=c.available_at.type)
+# spelled as the condition of the index, without a parameter, or SQLite would not see it
+_IS_OPEN = c.status != literal_column("'completed'")
 _IS_WAITING = or_(*[c.status == status for status in sorted(WAITING)])
 
 
@@ -195,84 +203,103 @@ def _earliest(time: Any) -> Any:
     return select(time).where(its).order_by(time).limit(1).scalar_subquery()
 
 
+def _sum_of(condition: Any) -> Any:
+    return func.coalesce(func.sum(case((condition, 1), else_=0)), 0)
+
+
 # What has a time is published already: by its schedule, or to be tried again.
 _IS_NEW = and_(_IS_WAITING, c.lease_expires_at.is_(None), c.available_at.is_(None))
-_READY = update(deliveries).where(c.seq.in_(_SEQS), _IS_NEW).values(ready=True)
-_DELAY = (
+_READY = Prepared(update(deliveries).where(c.seq.in_(_SEQS), _IS_NEW).values(ready=True))
+_DELAY = Prepared(
     update(deliveries)
-    .where(c.seq == bindparam("its_seq"), _IS_NEW, c.ready.is_(False))
+    .where(c.seq == bindparam("its_seq"), _IS_NEW, c.ready == false())
     .values(available_at=bindparam("its_due"))
 )
-_SCHEDULE = (
+_SCHEDULE = Prepared(
     update(deliveries)
     .where(c.seq == bindparam("its_seq"), _IS_WAITING)
     .values(available_at=bindparam("its_due"))
 )
-_LOOK = select(
-    subscriptions.c.id,
-    subscriptions.c.paused_at,
-    _earliest(c.available_at).label("available"),
-    _earliest(c.lease_expires_at).label("lease"),
-    exists().where(c.subscription_id == subscriptions.c.id, c.ready.is_(True)).label("is_ready"),
-).where(subscriptions.c.id.in_(_IDS))
-_DUE = (
+_LOOK = Prepared(
+    select(
+        subscriptions.c.id,
+        subscriptions.c.paused_at,
+        _earliest(c.available_at).label("available"),
+        _earliest(c.lease_expires_at).label("lease"),
+        exists()
+        .where(c.subscription_id == subscriptions.c.id, c.ready == true())
+        .label("is_ready"),
+    ).where(subscriptions.c.id.in_(_IDS))
+)
+_DUE = Prepared(
     update(deliveries)
     .where(c.subscription_id.in_(_IDS), c.available_at <= _NOW)
     .values(ready=_IS_WAITING, available_at=None)
 )
-_TAKE_OVER = (
+_TAKE_OVER = Prepared(
     update(deliveries)
     .where(c.subscription_id.in_(_IDS), c.lease_expires_at <= _NOW)
     # the token moves on at once, so that who held it can no longer settle
     .values(ready=True, lease_expires_at=None, lease_token=c.lease_token + 1)
 )
-_NEXT = (
+_NEXT = Prepared(
     select(c.seq)
-    .where(c.subscription_id == bindparam("id"), c.ready.is_(True))
+    .where(c.subscription_id == bindparam("id"), c.ready == true())
     .order_by(c.priority_rank, c.seq)
     .limit(bindparam("limit", type_=Integer))
     .with_for_update(skip_locked=True)
 )
-_LEASE = (
+_LEASE = Prepared(
     update(deliveries)
-    .where(c.seq.in_(_SEQS), c.ready.is_(True))
+    .where(c.seq.in_(_SEQS), c.ready == true())
     .values(ready=False, lease_token=c.lease_token + 1, lease_expires_at=bindparam("until"))
 )
-_LOAD = (
+_LOAD = Prepared(
     select(c.seq, c.subscription_id, c.attempts, c.lease_token, *MESSAGE_COLUMNS)
     .select_from(deliveries.join(messages))
     .where(c.seq.in_(_SEQS))
     .order_by(c.priority_rank, c.seq)
 )
-_HELD = (
+_HELD = Prepared(
     select(c.seq, c.lease_token)
     .where(c.seq.in_(_SEQS), c.lease_expires_at.is_not(None))
     .with_for_update()
 )
-_EXTEND = update(deliveries).where(c.seq.in_(_SEQS)).values(lease_expires_at=bindparam("until"))
-_END = (
+_EXTEND = Prepared(
+    update(deliveries).where(c.seq.in_(_SEQS)).values(lease_expires_at=bindparam("until"))
+)
+_END = Prepared(
     update(deliveries)
     .where(c.seq.in_(_SEQS))
     .values(lease_expires_at=None, ready=bindparam("is_ready"))
 )
-_PURGE = (
+_PURGE = Prepared(
     update(deliveries)
     .where(
         c.subscription_id == bindparam("id"),
+        _IS_OPEN,
         _IS_WAITING,
-        or_(c.ready.is_(True), c.available_at.is_not(None)),
+        or_(c.ready == true(), c.available_at.is_not(None)),
     )
     .values(ready=False, available_at=None)
 )
-_STATS = (
+_STATS = Prepared(
     select(
         subscriptions.c.subscriber,
-        func.coalesce(func.sum(case((c.ready, 1), else_=0)), 0),
-        func.coalesce(func.sum(case((c.lease_expires_at.is_not(None), 1), else_=0)), 0),
-        func.coalesce(func.sum(case((c.available_at.is_not(None), 1), else_=0)), 0),
-        func.coalesce(func.sum(case((c.status == DeliveryStatus.FAILED, 1), else_=0)), 0),
+        _sum_of(c.ready).label("waiting"),
+        _sum_of(c.lease_expires_at.is_not(None)).label("active"),
+        _sum_of(c.available_at.is_not(None)).label("scheduled"),
+        _sum_of(c.status == DeliveryStatus.FAILED).label("dead"),
     )
-    .select_from(subscriptions.outerjoin(deliveries))
+    .select_from(
+        subscriptions.outerjoin(
+            deliveries,
+            and_(
+                c.subscription_id == subscriptions.c.id,
+                _IS_OPEN,
+            ),
+        )
+    )
     .where(subscriptions.c.queue_name == bindparam("q"))
     .group_by(subscriptions.c.id, subscriptions.c.subscriber)
     .order_by(subscriptions.c.id)
@@ -282,16 +309,18 @@ _STATS = (
 def _lease(tx: Transaction, seqs: list[int], seconds: float) -> list[Lease]:
     if not seqs:
         return []
-    tx.connection.execute(_LEASE, {"seqs": seqs, "until": tx.later(seconds)})
+    _LEASE.change(tx, {"seqs": seqs, "until": tx.later(seconds)})
     return _load(tx, seqs)
 
 
-def _load(tx: Transaction, seqs: Iterable[int]) -> list[Lease]:
+def _load(tx: Transaction, seqs: list[int]) -> list[Lease]:
+    if not seqs:
+        return []
     return [
         Lease(
             Delivery(row.seq, row.subscription_id, envelope_of(row), row.attempts), row.lease_token
         )
-        for row in tx.connection.execute(_LOAD, {"seqs": seqs})
+        for row in _LOAD.fetch(tx, {"seqs": seqs})
     ]
 
 
@@ -301,8 +330,9 @@ def _key(lease: Lease) -> tuple[int, int]:
 
 def _held(tx: Transaction, leases: Sequence[Lease]) -> set[tuple[int, int]]:
     """Return the keys of the leases that are still held, and have them stay so."""
-    seqs = [lease.delivery.seq for lease in leases]
-    rows = tx.connection.execute(_HELD, {"seqs": seqs})
+    if not leases:
+        return set()
+    rows = _HELD.fetch(tx, {"seqs": [lease.delivery.seq for lease in leases]})
     return {(row.seq, row.lease_token) for row in rows} & {_key(lease) for lease in leases}
 
 
@@ -319,10 +349,10 @@ def _by_action(
 
 def _end(tx: Transaction, action: SettleAction, ended: Sequence[Settlement]) -> None:
     seqs = [settlement.lease.delivery.seq for settlement in ended]
-    tx.connection.execute(_END, {"seqs": seqs, "is_ready": action == SettleAction.RELEASE})
+    _END.change(tx, {"seqs": seqs, "is_ready": action == SettleAction.RELEASE})
     if action == SettleAction.RETRY:
         rows = [{"its_seq": x.lease.delivery.seq, "its_due": tx.later(x.delay)} for x in ended]
-        tx.connection.execute(_SCHEDULE, rows)
+        _SCHEDULE.change_many(tx, rows)
 
 
 class Bell:

@@ -27,10 +27,14 @@ from sqlalchemy import (
 
 from shared.database import Transaction
 from shared.lifecycle import FINAL, MAX_TAKEOVERS, DeliveryStatus, sources_of
+from shared.statements import Prepared
 from shared.tables import attempts, deliveries, messages
 from shared.types import Failure, Lease, Outcome, SettleAction, Settlement
 
 c = deliveries.c
+
+LONGEST_ERROR = 16_000
+"""Characters of an exception that are kept: TEXT has 65,535 bytes, and one takes up to four."""
 
 
 @dataclass(slots=True)
@@ -47,21 +51,25 @@ def _may_become(status: DeliveryStatus) -> ColumnElement[bool]:
 
 _SEQS: BindParameter[Any] = bindparam("seqs", expanding=True)
 
-_LOCK_MESSAGES = (
+_LOCK_MESSAGES = Prepared(
     select(messages.c.id)
     .where(messages.c.id.in_(bindparam("ids", expanding=True)))
     .order_by(messages.c.id)
     .with_for_update()
 )
-_STATES = select(
-    c.seq, c.status, c.lease_token, c.attempts, c.takeovers, c.started_at, c.worker
-).where(c.seq.in_(_SEQS))
-_BEGIN = (
+_STATES = Prepared(
+    select(c.seq, c.status, c.lease_token, c.attempts, c.takeovers, c.started_at, c.worker).where(
+        c.seq.in_(_SEQS)
+    )
+)
+_BEGIN = Prepared(
     update(deliveries)
     .where(
         c.seq.in_(_SEQS),
         # what was taken over is processing already, by a worker that is gone
         or_(_may_become(DeliveryStatus.PROCESSING), c.status == DeliveryStatus.PROCESSING),
+        # who has an older lease may be late, and has lost it
+        c.lease_token <= bindparam("token"),
     )
     .values(
         status=DeliveryStatus.PROCESSING,
@@ -71,10 +79,10 @@ _BEGIN = (
         available_at=None,
     )
 )
-_COUNT_TAKEOVER = (
+_COUNT_TAKEOVER = Prepared(
     update(deliveries).where(c.seq == bindparam("its_seq")).values(takeovers=c.takeovers + 1)
 )
-_COMPLETE = (
+_COMPLETE = Prepared(
     update(deliveries)
     .where(c.seq.in_(_SEQS), _may_become(DeliveryStatus.COMPLETED))
     .values(
@@ -85,7 +93,7 @@ _COMPLETE = (
         error_message=None,
     )
 )
-_HAND_BACK = (
+_HAND_BACK = Prepared(
     update(deliveries)
     .where(c.seq.in_(_SEQS), c.status == DeliveryStatus.PROCESSING)
     .values(
@@ -97,8 +105,8 @@ _HAND_BACK = (
 )
 
 
-def _failing(status: DeliveryStatus, **values: Any) -> Any:
-    return (
+def _failing(status: DeliveryStatus, **values: Any) -> Prepared:
+    return Prepared(
         update(deliveries)
         .where(c.seq == bindparam("its_seq"), _may_become(status))
         .values(
@@ -113,6 +121,7 @@ def _failing(status: DeliveryStatus, **values: Any) -> Any:
 
 _TO_RETRY = _failing(DeliveryStatus.RETRY, available_at=bindparam("its_due"))
 _TO_FAILED = _failing(DeliveryStatus.FAILED, processed_at=bindparam("its_end"))
+_ADD_HISTORY = Prepared(insert(attempts), [c.name for c in attempts.c if c.name != "id"])
 
 
 def start(tx: Transaction, leases: Sequence[Lease], worker: str) -> Started:
@@ -121,11 +130,15 @@ def start(tx: Transaction, leases: Sequence[Lease], worker: str) -> Started:
     A delivery whose outcome is stored is settled as stored. One that was taken over
     too often is taken to be what kills its workers, and becomes a dead letter.
     """
-    states = _lock(tx, leases)
     started = Started()
+    known = [lease for lease in leases if lease.is_redelivered]
+    _lock_messages(tx, leases)
+    states = _states(tx, known) if known else {}
     for lease in leases:
         state = states.get(lease.delivery.seq)
-        if state is None or state.status in FINAL:
+        if not lease.is_redelivered:
+            started.run.append(lease)
+        elif state is None or state.status in FINAL:
             started.settled.append(Settlement(lease, _stored_action(state)))
         elif state.status != DeliveryStatus.PROCESSING or _take_over(tx, lease, state):
             started.run.append(lease)
@@ -140,7 +153,9 @@ def record(tx: Transaction, outcomes: Sequence[Outcome]) -> tuple[list[Outcome],
 
     Refused is what comes from a worker whose lease was lost: by its token.
     """
-    states = _lock(tx, [outcome.lease for outcome in outcomes])
+    leases = [outcome.lease for outcome in outcomes]
+    _lock_messages(tx, leases)
+    states = _states(tx, leases)
     stored: list[Outcome] = []
     refused: list[Outcome] = []
     ended: dict[DeliveryStatus, list[tuple[Any, Outcome]]] = defaultdict(list)
@@ -161,12 +176,19 @@ def _is_held(state: Any, lease: Lease) -> bool:
     return is_running and state.lease_token == lease.token
 
 
-def _lock(tx: Transaction, leases: Sequence[Lease]) -> dict[int, Any]:
-    """Lock messages, always in the same order, then read the deliveries as they are now."""
+def _lock_messages(tx: Transaction, leases: Sequence[Lease]) -> None:
+    """Lock messages, always in the same order, before their deliveries change.
+
+    Two workers that had different deliveries of one message would else each draw its
+    status without seeing what the other changed.
+    """
     if tx.connection.dialect.name != "sqlite":  # there the whole transaction is the lock
         ids = sorted({lease.delivery.message.id for lease in leases})
-        tx.connection.execute(_LOCK_MESSAGES, {"ids": ids})
-    rows = tx.connection.execute(_STATES, {"seqs": [lease.delivery.seq for lease in leases]})
+        _LOCK_MESSAGES.fetch(tx, {"ids": ids})
+
+
+def _states(tx: Transaction, leases: Sequence[Lease]) -> dict[int, Any]:
+    rows = _STATES.fetch(tx, {"seqs": [lease.delivery.seq for lease in leases]})
     return {row.seq: row for row in rows}
 
 
@@ -182,12 +204,12 @@ def _begin(tx: Transaction, leases: Sequence[Lease], worker: str) -> None:
         by_token[lease.token].append(lease.delivery.seq)
     for token, seqs in by_token.items():
         values = {"seqs": seqs, "token": token, "by": worker, "now": tx.now}
-        tx.connection.execute(_BEGIN, values)
+        _BEGIN.change(tx, values)
 
 
 def _take_over(tx: Transaction, lease: Lease, state: Any) -> bool:
     """Note that a worker died; say whether the delivery may have another."""
-    tx.connection.execute(_COUNT_TAKEOVER, {"its_seq": state.seq})
+    _COUNT_TAKEOVER.change(tx, {"its_seq": state.seq})
     takeovers = state.takeovers + 1
     if takeovers < MAX_TAKEOVERS:
         lost = Failure("WorkerLost", f"{state.worker} stopped renewing its lease")
@@ -199,24 +221,24 @@ def _take_over(tx: Transaction, lease: Lease, state: Any) -> bool:
 
 
 def _complete(tx: Transaction, ended: list[tuple[Any, Outcome]]) -> None:
-    tx.connection.execute(_COMPLETE, {"seqs": [state.seq for state, _ in ended], "now": tx.now})
+    _COMPLETE.change(tx, {"seqs": [state.seq for state, _ in ended], "now": tx.now})
 
 
 def _hand_back(tx: Transaction, ended: list[tuple[Any, Outcome]]) -> None:
     """Give deliveries up unburnt: as if they had not been reserved."""
-    tx.connection.execute(_HAND_BACK, {"seqs": [state.seq for state, _ in ended]})
+    _HAND_BACK.change(tx, {"seqs": [state.seq for state, _ in ended]})
     _write_history(tx, [(state, "released", x.failure, None) for state, x in ended])
 
 
 def _retry(tx: Transaction, ended: list[tuple[Any, Outcome]]) -> None:
     rows = [{**_error_row(state, x), "its_due": tx.later(x.delay)} for state, x in ended]
-    tx.connection.execute(_TO_RETRY, rows)
+    _TO_RETRY.change_many(tx, rows)
     _write_history(tx, [(state, "retry", x.failure, tx.later(x.delay)) for state, x in ended])
 
 
 def _fail(tx: Transaction, ended: list[tuple[Any, Outcome]]) -> None:
     rows = [{**_error_row(state, x), "its_end": tx.now} for state, x in ended]
-    tx.connection.execute(_TO_FAILED, rows)
+    _TO_FAILED.change_many(tx, rows)
     _write_history(tx, [(state, "failed", x.failure, None) for state, x in ended])
 
 
@@ -232,9 +254,14 @@ def _error_row(state: Any, outcome: Outcome) -> dict[str, Any]:
     failure = outcome.failure or Failure("Unknown", "")
     return {
         "its_seq": state.seq,
-        "its_error_type": failure.type[:255],
-        "its_error": failure.message,
+        "its_error_type": _storable(failure.type, 255),
+        "its_error": _storable(failure.message),
     }
+
+
+def _storable(words: str, length: int = LONGEST_ERROR) -> str:
+    """Return what an exception says, fit for a column: not all text is valid UTF-8."""
+    return words[:length].encode(errors="replace").decode()
 
 
 def _write_history(
@@ -249,10 +276,10 @@ def _write_history(
             "ended_at": tx.now,
             "retry_at": retry_at,
             "worker": state.worker,
-            "error_type": failure.type[:255] if failure else None,
-            "error_message": failure.message if failure else None,
-            "traceback": failure.traceback or None if failure else None,
+            "error_type": _storable(failure.type, 255) if failure else None,
+            "error_message": _storable(failure.message) if failure else None,
+            "traceback": _storable(failure.traceback) or None if failure else None,
         }
         for state, word, failure, retry_at in ended
     ]
-    tx.connection.execute(insert(attempts), rows)
+    _ADD_HISTORY.change_many(tx, rows)

@@ -20,6 +20,7 @@ from shared.lifecycle import (
     DeliveryStatus,
     MessageStatus,
 )
+from shared.statements import Prepared
 from shared.store.subscriptions import subscribers_of
 from shared.store.summary import refresh
 from shared.tables import (
@@ -31,12 +32,14 @@ from shared.tables import (
 )
 from shared.types import Delivery, Envelope
 
-# Statements of the way that each event goes are built once: building one takes longer
-# than executing it.
-_STORED = select(messages.c.id).where(messages.c.id.in_(bindparam("ids", expanding=True)))
-_ADD_MESSAGES = insert(messages)
-_ADD_DELIVERIES = insert(deliveries)
-_DELIVERIES_OF = (
+_STORED = Prepared(select(messages.c.id).where(messages.c.id.in_(bindparam("ids", expanding=True))))
+_ADD_MESSAGES = Prepared(
+    insert(messages), [c.name for c in messages.c if c.name not in ("retry_count", "error_message")]
+)
+_ADD_DELIVERIES = Prepared(
+    insert(deliveries), ["message_id", "subscription_id", "priority_rank", "available_at"]
+)
+_DELIVERIES_OF = Prepared(
     select(
         deliveries.c.seq,
         deliveries.c.message_id,
@@ -66,9 +69,8 @@ def append(
         return []
     subscribers = subscribers_of(tx, envelopes)
     timed = [_with_times(tx, envelope) for envelope in envelopes]
-    tx.connection.execute(
-        _ADD_MESSAGES,
-        [_message_row(tx, e, max_retries, (e.queue, e.type) in subscribers) for e in timed],
+    _ADD_MESSAGES.change_many(
+        tx, [_message_row(tx, e, max_retries, (e.queue, e.type) in subscribers) for e in timed]
     )
     rows = [
         {
@@ -82,13 +84,13 @@ def append(
     ]
     if not rows:
         return []
-    tx.connection.execute(_ADD_DELIVERIES, rows)
+    _ADD_DELIVERIES.change_many(tx, rows)
     return _new_deliveries(tx, timed)
 
 
 def stored_ids(tx: Transaction, ids: Sequence[str]) -> set[str]:
     """Return which of these message ids are stored."""
-    return set(tx.connection.execute(_STORED, {"ids": ids}).scalars())
+    return {row.id for row in _STORED.fetch(tx, {"ids": ids})}
 
 
 def _with_times(tx: Transaction, envelope: Envelope) -> Envelope:
@@ -128,7 +130,7 @@ def _kept_metadata(envelope: Envelope) -> dict[str, Any]:
 
 def _new_deliveries(tx: Transaction, envelopes: Sequence[Envelope]) -> list[Delivery]:
     by_id = {envelope.id: envelope for envelope in envelopes}
-    rows = tx.connection.execute(_DELIVERIES_OF, {"ids": list(by_id)})
+    rows = _DELIVERIES_OF.fetch(tx, {"ids": list(by_id)})
     return [
         Delivery(
             seq=row.seq,

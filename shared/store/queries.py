@@ -6,7 +6,7 @@ import json
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, and_, exists, func, select
+from sqlalchemy import Connection, and_, exists, func, literal_column, select
 
 from shared.database import seconds_between
 from shared.errors import MessageNotFoundError
@@ -116,6 +116,7 @@ def _average_seconds(connection: Connection, queue: str) -> float | None:
 
 
 def _subscription_counts(connection: Connection, queue: str) -> list[dict[str, Any]]:
+    is_open = and_(d.subscription_id == s.id, d.status != literal_column("'completed'"))
     is_scheduled = and_(d.status.in_(WAITING), d.available_at.is_not(None))
     rows = connection.execute(
         select(
@@ -125,7 +126,7 @@ def _subscription_counts(connection: Connection, queue: str) -> list[dict[str, A
             _count_if(is_scheduled).label("scheduled"),
             _count_if(d.status == DeliveryStatus.FAILED).label("dead"),
         )
-        .select_from(subscriptions.outerjoin(deliveries))
+        .select_from(subscriptions.outerjoin(deliveries, is_open))
         .where(s.queue_name == queue, s.retired_at.is_(None))
         .group_by(s.subscriber)
         .order_by(func.min(s.id))

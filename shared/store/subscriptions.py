@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from sqlalchemy import and_, bindparam, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
 
 from shared.database import Transaction
 from shared.lifecycle import DeliveryStatus
+from shared.statements import Prepared
 from shared.store.summary import refresh
 from shared.tables import deliveries, subscriptions
 from shared.types import Envelope, Subscription
@@ -32,7 +36,6 @@ def _register(tx: Transaction, wanted: Subscription) -> Subscription:
         subscriptions.c.message_type == wanted.event_type,
         subscriptions.c.subscriber == wanted.subscriber,
     )
-    found = tx.connection.execute(select(subscriptions.c.id).where(is_it)).scalar()
     values = {
         "source": wanted.source,
         "handler_type": wanted.handler_type,
@@ -40,18 +43,23 @@ def _register(tx: Transaction, wanted: Subscription) -> Subscription:
         "seen_at": tx.now,
         "retired_at": None,
     }
-    if found is None:
-        names = {
-            "queue_name": wanted.queue,
-            "message_type": wanted.event_type,
-            "subscriber": wanted.subscriber,
-            "created_at": tx.now,
-        }
-        added = tx.connection.execute(insert(subscriptions).values(**names, **values))
-        found = added.inserted_primary_key[0]  # type: ignore[index]
-    else:
-        tx.connection.execute(update(subscriptions).where(is_it).values(**values))
-    return replace(wanted, id=found)
+    find = select(subscriptions.c.id).where(is_it)
+    if tx.connection.execute(find).scalar() is None:
+        _add(tx, wanted, values)
+    tx.connection.execute(update(subscriptions).where(is_it).values(**values))
+    return replace(wanted, id=tx.connection.execute(find).scalar_one())
+
+
+def _add(tx: Transaction, wanted: Subscription, values: Mapping[str, Any]) -> None:
+    names = {
+        "queue_name": wanted.queue,
+        "message_type": wanted.event_type,
+        "subscriber": wanted.subscriber,
+        "created_at": tx.now,
+    }
+    # another process of the service may be starting at the same moment
+    with contextlib.suppress(IntegrityError), tx.connection.begin_nested():
+        tx.connection.execute(insert(subscriptions).values(**names, **values))
 
 
 def sign(tx: Transaction, subscription_ids: Sequence[int]) -> None:
@@ -100,13 +108,13 @@ def _discard_waiting(tx: Transaction, subscription_ids: Sequence[int]) -> set[st
     return touched
 
 
-_SUBSCRIBERS = select(
-    subscriptions.c.id, subscriptions.c.queue_name, subscriptions.c.message_type
-).where(
-    subscriptions.c.queue_name.in_(bindparam("queues", expanding=True)),
-    subscriptions.c.message_type.in_(bindparam("types", expanding=True)),
-    subscriptions.c.retired_at.is_(None),
-    or_(subscriptions.c.reliable.is_(True), subscriptions.c.seen_at > bindparam("alive")),
+_SUBSCRIBERS = Prepared(
+    select(subscriptions.c.id, subscriptions.c.queue_name, subscriptions.c.message_type).where(
+        subscriptions.c.queue_name.in_(bindparam("queues", expanding=True)),
+        subscriptions.c.message_type.in_(bindparam("types", expanding=True)),
+        subscriptions.c.retired_at.is_(None),
+        or_(subscriptions.c.reliable.is_(True), subscriptions.c.seen_at > bindparam("alive")),
+    )
 )
 
 
@@ -120,6 +128,6 @@ def subscribers_of(
         "alive": tx.later(-FORGOTTEN_AFTER_SECONDS),
     }
     found = defaultdict(list)
-    for row in tx.connection.execute(_SUBSCRIBERS, values):
+    for row in _SUBSCRIBERS.fetch(tx, values):
         found[row.queue_name, row.message_type].append(row.id)
     return dict(found)

@@ -11,15 +11,18 @@ from sqlalchemy import bindparam, select, update
 
 from shared.database import Transaction
 from shared.lifecycle import DeliveryStatus, message_status, retries_made
+from shared.statements import Prepared
 from shared.tables import deliveries, messages
 
 c = deliveries.c
 
-_OF_MESSAGES = select(c.message_id, c.status, c.attempts, c.processed_at, c.error_message).where(
-    c.message_id.in_(bindparam("ids", expanding=True))
+_OF_MESSAGES = Prepared(
+    select(c.message_id, c.status, c.attempts, c.started_at, c.processed_at, c.error_message).where(
+        c.message_id.in_(bindparam("ids", expanding=True))
+    )
 )
 
-_SUMMARISE = (
+_SUMMARISE = Prepared(
     update(messages)
     .where(messages.c.id.in_(bindparam("ids", expanding=True)))
     .values(
@@ -38,21 +41,21 @@ def refresh(tx: Transaction, message_ids: Iterable[str]) -> None:
     if not ids:
         return
     by_message: dict[str, list[Any]] = defaultdict(list)
-    for row in tx.connection.execute(_OF_MESSAGES, {"ids": ids}):
+    for row in _OF_MESSAGES.fetch(tx, {"ids": ids}):
         by_message[row.message_id].append(row)
     alike: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for message_id, its in by_message.items():
         alike[_summary(its)].append(message_id)
     for (status, retries, end, error), its_ids in alike.items():
         values = {"its_status": status, "its_retries": retries, "its_end": end, "its_error": error}
-        tx.connection.execute(_SUMMARISE, {"ids": its_ids, "now": tx.now, **values})
+        _SUMMARISE.change(tx, {"ids": its_ids, "now": tx.now, **values})
 
 
 def _summary(its: Sequence[Any]) -> tuple[Any, ...]:
     statuses = [DeliveryStatus(row.status) for row in its]
     times = [row.processed_at for row in its if row.processed_at is not None]
     with_error = [row for row in its if row.error_message is not None]
-    newest = max(with_error, key=lambda row: row.processed_at or datetime.min, default=None)
+    newest = max(with_error, key=lambda row: row.started_at or datetime.min, default=None)
     return (
         message_status(statuses),
         max(retries_made(status, row.attempts) for status, row in zip(statuses, its, strict=True)),

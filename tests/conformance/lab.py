@@ -60,7 +60,7 @@ class ProviderLab(ABC):
     pauses of a busy machine."""
 
     can_stop: bool = False
-    """Whether :meth:`stop_server` and :meth:`start_server` do something."""
+    """Whether there is a server, which :meth:`stop_server` and :meth:`start_server` know."""
 
     def __init__(self, config: Mapping[str, str]) -> None:
         self.config = {
@@ -84,14 +84,16 @@ class ProviderLab(ABC):
         """Make an instance; it is initialised by the test."""
         return make_provider(self.settings)
 
-    def clear(self) -> None:
+    def clear(self) -> None:  # noqa: B027 - not each leaves something
         """Remove whatever this test left on the provider's server."""
 
     def stop_server(self) -> None:
         """Take the provider's server away."""
+        raise NotImplementedError
 
     def start_server(self) -> None:
-        """Bring the provider's server back."""
+        """Bring the provider's server back, and return once it answers."""
+        raise NotImplementedError
 
 
 def lab_class(name: str) -> type[ProviderLab]:
@@ -182,7 +184,9 @@ class Worker:
         if limits is None:
             limits = {subscription.id: limit for subscription in self.declared}
         if self._joins_log:
-            return self._in_log(lambda tx: self._begin(tx, self.provider.reserve(limits, limit, tx)))
+            return self._in_log(
+                lambda tx: self._begin(tx, self.provider.reserve(limits, limit, tx))
+            )
         leases = self.provider.reserve(limits, limit)
         return self._in_log(lambda tx: self._begin(tx, leases))
 

@@ -97,9 +97,7 @@ class TestPublishingAgain:
         assert seqs(worker.reserve()) == seqs(sent)
         assert other.reserve() == []
 
-    def test_what_is_leased_does_not_hand_it_out_twice(
-        self, worker: Worker, other: Worker
-    ) -> None:
+    def test_what_is_leased_does_not_hand_it_out_twice(self, worker: Worker, other: Worker) -> None:
         sent = worker.dispatch("placed")
         leases = worker.reserve()
         other.publish(sent)

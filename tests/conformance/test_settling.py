@@ -94,7 +94,9 @@ class TestFencing:
         other.retry(held[4], delay=3600)
         # when the old holder settles them, each in another way
         actions = [*SettleAction, SettleAction.RETRY]
-        stale = [Settlement(lease, action, 0.0) for lease, action in zip(lost, actions, strict=True)]
+        stale = [
+            Settlement(lease, action, 0.0) for lease, action in zip(lost, actions, strict=True)
+        ]
         # then each is refused, nothing comes back, and the new holder has all of them
         assert worker.settle(*stale) == lost
         assert worker.reserve() == []

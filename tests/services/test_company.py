@@ -369,7 +369,7 @@ def histories(draw: st.DrawFn) -> tuple[list[Event], list[Event]]:
 
 
 @given(history=histories())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_history_in_any_order_comes_out_the_same(
     reused: House, history: tuple[list[Event], list[Event]]
 ) -> None:

@@ -468,21 +468,31 @@ class TestOnce:
         assert len(mailer.letters) == 1
         assert house.record.status == Status.SENT
 
-    def test_two_workers_at_once_send_one_mail(self, house: House) -> None:
-        on_its_way, go_on = Signal(), Signal()
+    def test_two_workers_at_once_send_one_mail(
+        self, house: House, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        on_its_way, kept_waiting, go_on = Signal(), Signal(), Signal()
+        claim = outgoing._claim
+
+        def watched_claim(*arguments: Any) -> outgoing.Claim:
+            if (claimed := claim(*arguments)) is outgoing.Claim.HELD and not kept_waiting.ready():
+                kept_waiting.send()
+            return claimed
 
         def take() -> None:
             on_its_way.send()
             go_on.wait()
 
+        monkeypatch.setattr(outgoing, "_claim", watched_claim)
         mailer = Recorder(take)
-        first = eventlet.spawn(house.register, mailer)
-        on_its_way.wait()
-        second = eventlet.spawn(house.register, mailer)
-        assert not second.dead
-        go_on.send()
-        first.wait()
-        second.wait()
+        with eventlet.Timeout(20):
+            first = eventlet.spawn(house.register, mailer)
+            on_its_way.wait()
+            second = eventlet.spawn(house.register, mailer)
+            kept_waiting.wait()
+            go_on.send()
+            first.wait()
+            second.wait()
         assert len(mailer.letters) == 1
 
     def test_the_claim_of_one_who_died_ends(

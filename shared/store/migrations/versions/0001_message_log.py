@@ -67,7 +67,12 @@ def _create_messages() -> None:
     op.create_index(
         "ix_queue_messages_queue_status", "queue_messages", ["queue_name", "status", "created_at"]
     )
-    op.create_index("ix_queue_messages_status", "queue_messages", ["status", "created_at"])
+    op.create_index(
+        "ix_queue_messages_status",
+        "queue_messages",
+        ["status", "created_at"],
+        sqlite_where=sa.text("status = 'failed'"),
+    )
 
 
 def _create_subscriptions() -> None:
@@ -136,7 +141,12 @@ def _create_deliveries() -> None:
     )
     table = "queue_deliveries"
     op.create_index("ix_queue_deliveries_message", table, ["message_id"])
-    op.create_index("ix_queue_deliveries_status", table, ["subscription_id", "status"])
+    op.create_index(
+        "ix_queue_deliveries_status",
+        table,
+        ["subscription_id", "status"],
+        sqlite_where=sa.text("status <> 'completed'"),
+    )
     op.create_index(
         "ix_queue_deliveries_ready",
         table,

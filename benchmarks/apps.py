@@ -1,0 +1,57 @@
+"""The services that the benchmarks run."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from nameko.testing.services import dummy
+
+from shared.events import EventDispatcher, event_handler
+
+REGISTRATION = {
+    "user_id": "7f8a8f2e-0f5b-4d0e-9a55-2f1c0f7a1c11",
+    "email": "user@example.com",
+    "first_name": "John",
+    "last_name": "Doe",
+    "role": "user",
+    "company_name": "Example",
+    "company_domain": "example.com",
+}
+"""The payload of each event: that of a registration."""
+
+
+class Producer:
+    name = "auth_events"
+
+    dispatch = EventDispatcher()
+
+    @dummy
+    def many(self, count, size):
+        for _ in range(count // size):
+            self.dispatch.many([("user.registered", REGISTRATION)] * size)
+
+    @dummy
+    def singly(self, count):
+        for _ in range(count):
+            self.dispatch("user.registered", REGISTRATION)
+
+    @dummy
+    def steadily(self, count, seconds):
+        start = time.monotonic()
+        for n in range(count):
+            time.sleep(max(0, start + n * seconds - time.monotonic()))
+            self.dispatch("probe.sent", {"at": time.time()})
+
+
+class Consumer:
+    name = "consumer"
+
+    @event_handler("auth_events", "user.registered")
+    def register(self, payload):
+        pass
+
+    @event_handler("auth_events", "probe.sent")
+    def probe(self, payload):
+        with Path(os.environ["PROBES"]).open("a") as file:
+            file.write(json.dumps(time.time() - payload["at"]) + "\n")

@@ -1,0 +1,1 @@
+"""Shows the suite at work: ``python -m services.demo``; or leaves it running: ``… run``."""

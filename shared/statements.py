@@ -1,0 +1,164 @@
+"""Statements of the way that each event goes, prepared once.
+
+SQLAlchemy builds and compiles them; what it does at each execution besides (cache
+keys, result metadata, events) takes ten times as long as SQLite takes to execute one,
+with everybody else's dispatch waiting for the lock meanwhile.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import namedtuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Dialect
+from sqlalchemy.exc import DBAPIError
+
+from shared.database import Transaction
+
+Processor = Callable[[Any], Any]
+
+_EXPANDING = re.compile(r"__\[POSTCOMPILE_(\w+)\]")
+"""Where SQLAlchemy leaves room for the values of an ``IN``."""
+
+
+class Prepared:
+    """A statement of SQLAlchemy Core with bound parameters, to be executed often.
+
+    A parameter with ``expanding=True`` takes a sequence, of one value at least.
+
+    :param columns: for an INSERT, the columns that are given.
+    """
+
+    def __init__(self, statement: Any, columns: Sequence[str] = ()) -> None:
+        self.statement = statement
+        self._columns = list(columns)
+        self._compiled: dict[str, _Compiled] = {}
+
+    def fetch(self, tx: Transaction, values: Mapping[str, Any]) -> list[Any]:
+        """Execute a SELECT; return its rows, as named tuples."""
+        compiled = self._for(tx.connection.dialect)
+        cursor = compiled.execute(tx.connection, values)
+        try:
+            return compiled.rows(cursor.fetchall())
+        finally:
+            cursor.close()
+
+    def change(self, tx: Transaction, values: Mapping[str, Any]) -> int:
+        """Execute an INSERT or UPDATE; return how many rows matched."""
+        cursor = self._for(tx.connection.dialect).execute(tx.connection, values)
+        count: int = cursor.rowcount
+        cursor.close()
+        return count
+
+    def change_many(self, tx: Transaction, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Execute an INSERT or UPDATE for each row; it may have no expanding parameter."""
+        self._for(tx.connection.dialect).execute_many(tx.connection, rows)
+
+    def _for(self, dialect: Dialect) -> _Compiled:
+        compiled = self._compiled.get(dialect.name)
+        if compiled is None:
+            compiled = self._compiled[dialect.name] = _Compiled(
+                self.statement, self._columns, dialect
+            )
+        return compiled
+
+
+class _Compiled:
+    """A statement as one dialect writes it, and how its values are turned for the driver."""
+
+    def __init__(self, statement: Any, columns: list[str], dialect: Dialect) -> None:
+        compiled = statement.compile(dialect=dialect, column_keys=columns or None)
+        self._dialect = dialect
+        self._sql = str(compiled)
+        self._mark = "?" if dialect.paramstyle == "qmark" else "%s"
+        self._names: list[str] = compiled.positiontup or []
+        self._expanding = set(_EXPANDING.findall(self._sql))
+        self._fixed = {
+            name: bind.value for name, bind in compiled.binds.items() if not bind.required
+        }
+        self._to_driver = {
+            name: processor
+            for name, bind in compiled.binds.items()
+            if (processor := _bind_processor(bind.type, dialect)) is not None
+        }
+        selected = list(getattr(statement, "selected_columns", ()))
+        self._row: Any = namedtuple("Row", [column.name for column in selected])
+        self._from_driver = [
+            (place, processor)
+            for place, column in enumerate(selected)
+            if (processor := _result_processor(column.type, dialect)) is not None
+        ]
+
+    def execute(self, connection: Connection, values: Mapping[str, Any]) -> Any:
+        sql, parameters = self._sql, self._parameters(values)
+        if self._expanding:
+            sql = _EXPANDING.sub(lambda at: self._marks(values[at[1]]), sql)
+        cursor = _driver(connection).cursor()
+        try:
+            cursor.execute(sql, parameters)
+        except self._dialect.loaded_dbapi.Error as exc:
+            raise self._translated(exc, sql, connection) from exc
+        return cursor
+
+    def execute_many(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        cursor = _driver(connection).cursor()
+        try:
+            cursor.executemany(self._sql, [self._parameters(row) for row in rows])
+        except self._dialect.loaded_dbapi.Error as exc:
+            raise self._translated(exc, self._sql, connection) from exc
+        finally:
+            cursor.close()
+
+    def rows(self, fetched: Sequence[Any]) -> list[Any]:
+        if not self._from_driver:
+            return [self._row._make(each) for each in fetched]
+        made = []
+        for each in fetched:
+            values = list(each)
+            for place, processor in self._from_driver:
+                values[place] = processor(values[place])
+            made.append(self._row._make(values))
+        return made
+
+    def _parameters(self, values: Mapping[str, Any]) -> list[Any]:
+        parameters: list[Any] = []
+        for name in self._names:
+            value = values[name] if name in values else self._fixed[name]
+            if name in self._expanding:
+                parameters.extend(value)
+            elif name in self._to_driver:
+                parameters.append(self._to_driver[name](value))
+            else:
+                parameters.append(value)
+        return parameters
+
+    def _marks(self, values: Sequence[Any]) -> str:
+        return ", ".join([self._mark] * len(values))
+
+    def _translated(self, error: Any, sql: str, connection: Connection) -> Exception:
+        """Return the exception that SQLAlchemy would have raised."""
+        is_lost = self._dialect.is_disconnect(error, connection.connection, None)
+        return DBAPIError.instance(  # type: ignore[return-value]
+            sql,
+            None,
+            error,
+            self._dialect.loaded_dbapi.Error,
+            connection_invalidated=is_lost,
+            dialect=self._dialect,
+        )
+
+
+def _driver(connection: Connection) -> Any:
+    return connection.connection.dbapi_connection
+
+
+def _bind_processor(type_: Any, dialect: Dialect) -> Processor | None:
+    processor: Processor | None = type_.dialect_impl(dialect).bind_processor(dialect)
+    return processor
+
+
+def _result_processor(type_: Any, dialect: Dialect) -> Processor | None:
+    processor: Processor | None = type_.dialect_impl(dialect).result_processor(dialect, None)
+    return processor
