@@ -84,6 +84,8 @@ def make_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
         url,
         isolation_level="READ COMMITTED",
         pool_pre_ping=True,
+        # by place, as on SQLite: what statements.py reckons with
+        paramstyle="format",
         connect_args={"connect_timeout": 5, "read_timeout": 30, "write_timeout": 30},
         **options,
     )

@@ -311,6 +311,9 @@ class _Reader:
         return database if host else None
 
     def check_together(self, settings: Settings) -> None:
+        ports = [address.port for address in settings.addresses.values() if address.port]
+        if len(set(ports)) < len(ports):
+            raise SettingsError("QUEUE_ADMIN_ADDRESS: each service must have a port of its own")
         if not settings.log and settings.provider == "embedded":
             raise SettingsError("QUEUE_LOG: must be on with QUEUE_PROVIDER=embedded, which is it")
         if settings.admin_auth == "token" and not settings.admin_tokens:

@@ -84,7 +84,9 @@ class _Compiled:
             if (processor := _bind_processor(bind.type, dialect)) is not None
         }
         selected = list(getattr(statement, "selected_columns", ()))
-        self._row: Any = namedtuple("Row", [column.name for column in selected])
+        names = [column.name for column in selected]
+        row_type: Any = namedtuple("row_type", names)  # type: ignore[misc]
+        self._make_row = row_type._make
         self._from_driver = [
             (place, processor)
             for place, column in enumerate(selected)
@@ -113,13 +115,13 @@ class _Compiled:
 
     def rows(self, fetched: Sequence[Any]) -> list[Any]:
         if not self._from_driver:
-            return [self._row._make(each) for each in fetched]
+            return [self._make_row(each) for each in fetched]
         made = []
         for each in fetched:
             values = list(each)
             for place, processor in self._from_driver:
                 values[place] = processor(values[place])
-            made.append(self._row._make(values))
+            made.append(self._make_row(values))
         return made
 
     def _parameters(self, values: Mapping[str, Any]) -> list[Any]:
@@ -140,7 +142,7 @@ class _Compiled:
     def _translated(self, error: Any, sql: str, connection: Connection) -> Exception:
         """Return the exception that SQLAlchemy would have raised."""
         is_lost = self._dialect.is_disconnect(error, connection.connection, None)
-        return DBAPIError.instance(  # type: ignore[return-value]
+        return DBAPIError.instance(
             sql,
             None,
             error,

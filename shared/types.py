@@ -222,23 +222,23 @@ def check_json(value: Any, field_name: str = "payload") -> None:
 
     :raises PayloadError: naming ``field_name``.
     """
-    level = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):
-        below: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                if not all(isinstance(key, str) for key in item):
-                    raise PayloadError({field_name: "has a key that is not a string"})
-                below.extend(item)
-                below.extend(item.values())
-            elif isinstance(item, list | tuple):
-                below.extend(item)
-            elif isinstance(item, str) and "\x00" in item:
-                raise PayloadError({field_name: "contains a NUL character"})
-        if not below:
-            return
-        level = below
-    raise PayloadError({field_name: f"nests deeper than {MAX_JSON_DEPTH} levels"})
+    level, depth = [value], 0
+    while level:
+        containers = [item for item in level if isinstance(item, dict | list | tuple)]
+        depth += bool(containers)
+        if depth > MAX_JSON_DEPTH:
+            raise PayloadError({field_name: f"nests deeper than {MAX_JSON_DEPTH} levels"})
+        if any(isinstance(item, str) and "\x00" in item for item in level):
+            raise PayloadError({field_name: "contains a NUL character"})
+        level = [inner for container in containers for inner in _members(container, field_name)]
+
+
+def _members(container: Any, field_name: str) -> list[Any]:
+    if not isinstance(container, dict):
+        return list(container)
+    if not all(isinstance(key, str) for key in container):
+        raise PayloadError({field_name: "has a key that is not a string"})
+    return [*container, *container.values()]
 
 
 def check_name(value: Any, field_name: str) -> str:

@@ -8,13 +8,13 @@ from shared.contracts import contract
 
 SOURCE = "auth_events"
 
-ADDRESS = r"[^@\s\x00-\x1f\x7f]{1,190}@[^@\s\x00-\x1f\x7f]{1,190}"
+ADDRESS = r"[^@\s\x00-\x1f\x7f-\x9f]{1,190}@[^@\s\x00-\x1f\x7f-\x9f]{1,190}"
 """As much as can be said of a mail address everywhere: one @, no space, no control character."""
 
 _ID = validate.Length(1, 100)
 _NAME = validate.And(
     validate.Length(1, 100),
-    validate.Regexp(r"[^\x00-\x1f\x7f]*\Z", error="Must not contain control characters."),
+    validate.Regexp(r"[^\x00-\x1f\x7f-\x9f]*\Z", error="Must not contain control characters."),
 )
 
 

@@ -66,7 +66,9 @@ class QueueClient(SharedExtension):
         self._mailbox.open()
         self._thread.start()
         self._chain_signal()
-        self.container.spawn_managed_thread(self._hand_out, identifier="queue-client")
+        self._hander = self.container.spawn_managed_thread(
+            self._hand_out, identifier="queue-client"
+        )
         self._consume()
 
     def stop(self) -> None:
@@ -77,6 +79,7 @@ class QueueClient(SharedExtension):
         if not self._thread.join(FINISH_SECONDS):
             _log.error("the last outcomes could not be stored in %s s", FINISH_SECONDS)
             return
+        self._hander.kill()
         self._mailbox.close()
 
     def kill(self) -> None:

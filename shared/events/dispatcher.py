@@ -171,7 +171,14 @@ class EventDispatcher(DependencyProvider):
     def start(self) -> None:
         self._relay = Relay.of(self.container, self.queue_client)
         if self._relay is not None:
-            self.container.spawn_managed_thread(self._relay.run, identifier="outbox-relay")
+            self._relay_thread = self.container.spawn_managed_thread(
+                self._relay.run, identifier="outbox-relay"
+            )
+
+    def stop(self) -> None:
+        if self._relay is not None:
+            self._relay_thread.kill()
+            self._relay.finish()
 
     def get_dependency(self, worker_ctx: Any) -> Dispatch:
         return Dispatch(

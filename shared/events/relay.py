@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -61,6 +62,11 @@ class Relay:
                 moved = 0
             if moved < BATCH:
                 self._wait()
+
+    def finish(self) -> None:
+        """Relay what is committed, before the service ends; the next one would do it too."""
+        with contextlib.suppress(DispatchError, SQLAlchemyError):
+            self.sweep()
 
     def sweep(self) -> int:
         """Hand over the oldest events, and remove them; return how many."""

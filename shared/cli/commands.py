@@ -1,0 +1,64 @@
+"""The commands of ``queuectl``."""
+
+from __future__ import annotations
+
+import time
+
+import click
+from sqlalchemy import URL
+from sqlalchemy.exc import SQLAlchemyError
+
+from shared.database import database_url, make_engine
+from shared.errors import SettingsError
+from shared.settings import Settings, load_settings
+from shared.store.migrate import LOG, Migrations, all_migrations, upgrade
+
+
+class _Failure(click.ClickException):
+    exit_code = 1
+
+
+class _WrongSetting(click.ClickException):
+    exit_code = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Look after the queue.
+
+    Takes the same environment variables as the services. Ends with status 0, with 1
+    when something failed, and with 2 when a setting or an argument is wrong.
+    """
+    try:
+        context.obj = load_settings()
+    except SettingsError as exc:
+        raise _WrongSetting(str(exc)) from exc
+
+
+@main.group()
+def db() -> None:
+    """The tables."""
+
+
+@db.command("upgrade")
+@click.pass_obj
+def db_upgrade(settings: Settings) -> None:
+    """Bring the tables of the message log and of all services to the newest version."""
+    for migrations in all_migrations():
+        url = _url(settings, migrations)
+        try:
+            reached = upgrade(make_engine(url, time.sleep), migrations)
+        except SQLAlchemyError as exc:
+            said = getattr(exc, "orig", None) or exc
+            raise _Failure(f"{migrations.name}: {_shown(url)}: {said}") from exc
+        state = "up to date" if reached is None else f"upgraded to {reached}"
+        click.echo(f"{migrations.name}: {state}")
+
+
+def _url(settings: Settings, migrations: Migrations) -> URL:
+    return database_url(settings, "queue" if migrations is LOG else migrations.name)
+
+
+def _shown(url: URL) -> str:
+    return url.render_as_string(hide_password=True)
