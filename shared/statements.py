@@ -26,7 +26,7 @@ _EXPANDING = re.compile(r"__\[POSTCOMPILE_(\w+)\]")
 class Prepared:
     """A statement of SQLAlchemy Core with bound parameters, to be executed often.
 
-    A parameter with ``expanding=True`` takes a sequence, of one value at least.
+    A parameter with ``expanding=True`` takes a sequence.
 
     :param columns: for an INSERT, the columns that are given.
     """
@@ -137,7 +137,8 @@ class _Compiled:
         return parameters
 
     def _marks(self, values: Sequence[Any]) -> str:
-        return ", ".join([self._mark] * len(values))
+        # nothing is in (NULL), and (), which would say so better, not every database takes
+        return ", ".join([self._mark] * len(values)) or "NULL"
 
     def _translated(self, error: Any, sql: str, connection: Connection) -> Exception:
         """Return the exception that SQLAlchemy would have raised."""

@@ -21,20 +21,6 @@ from rich.text import Text
 from services.demo.processes import SERVICES, DemoError, ServiceEndedError
 from services.demo.verdict import Claim, Event
 
-__all__ = [
-    "Progress",
-    "dead_letter",
-    "ending",
-    "logs",
-    "make_console",
-    "progress",
-    "revived",
-    "stats",
-    "timeline",
-    "trouble",
-    "verdict",
-]
-
 PLAIN_WIDTH = 120
 """Columns where there is no terminal."""
 
@@ -67,7 +53,7 @@ def progress(console: Console) -> Progress:
 
 def timeline(console: Console, events: Iterable[Event]) -> None:
     """Print what became of each event, in the order in which they were dispatched."""
-    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("person", no_wrap=True, max_width=20)
     table.add_column("event", no_wrap=True)
     table.add_column("subscriber", no_wrap=True)

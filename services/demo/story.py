@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
+from rich.progress import Progress
 from sqlalchemy import select
 
 from services.demo import report
@@ -161,7 +162,7 @@ class Story:
             for token in tokens[: person.logouts]:
                 self.client.logout(token)
 
-    def _wait_for_deliveries(self, progress: report.Progress, before: dict[str, Any]) -> None:
+    def _wait_for_deliveries(self, progress: Progress, before: dict[str, Any]) -> None:
         expected = events_of(self.people)
         task = progress.add_task("Delivering events", total=expected)
 
@@ -228,19 +229,25 @@ def _set_environment(folder: Path, mail_port: int, ports: list[int]) -> None:
 def _own_folder() -> Iterator[Path]:
     """Empty the folder of the demo, and keep other demos out of it for as long as it is used."""
     folder = Path(os.environ.get("QUEUE_DATA_DIR") or "var") / "demo"
-    lock = folder / LOCK
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not lock.exists():
-            raise DemoError(f"{folder} holds what is not the demo's; it would be deleted")
-        with lock.open("w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _empty(folder)
-            yield folder
+        lock = _locked(folder)
+        _empty(folder)
     except BlockingIOError as exc:
         raise DemoError(f"another demo is using {folder}") from exc
     except OSError as exc:
         raise DemoError(f"cannot use {folder}: {exc}") from exc
+    with lock:
+        yield folder
+
+
+def _locked(folder: Path) -> TextIO:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
+    if any(folder.iterdir()) and not lock.exists():
+        raise DemoError(f"{folder} holds what is not the demo's; it would be deleted")
+    held = lock.open("w")
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return held
 
 
 def _empty(folder: Path) -> None:

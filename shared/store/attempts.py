@@ -28,7 +28,8 @@ from sqlalchemy import (
 from shared.database import Transaction
 from shared.lifecycle import FINAL, MAX_TAKEOVERS, DeliveryStatus, sources_of
 from shared.statements import Prepared
-from shared.tables import attempts, deliveries, messages
+from shared.store.summary import lock
+from shared.tables import attempts, deliveries
 from shared.types import Failure, Lease, Outcome, SettleAction, Settlement
 
 c = deliveries.c
@@ -51,12 +52,6 @@ def _may_become(status: DeliveryStatus) -> ColumnElement[bool]:
 
 _SEQS: BindParameter[Any] = bindparam("seqs", expanding=True)
 
-_LOCK_MESSAGES = Prepared(
-    select(messages.c.id)
-    .where(messages.c.id.in_(bindparam("ids", expanding=True)))
-    .order_by(messages.c.id)
-    .with_for_update()
-)
 _STATES = Prepared(
     select(c.seq, c.status, c.lease_token, c.attempts, c.takeovers, c.started_at, c.worker).where(
         c.seq.in_(_SEQS)
@@ -132,7 +127,7 @@ def start(tx: Transaction, leases: Sequence[Lease], worker: str) -> Started:
     """
     started = Started()
     known = [lease for lease in leases if lease.is_redelivered]
-    _lock_messages(tx, leases)
+    lock(tx, {lease.delivery.message.id for lease in leases})
     states = _states(tx, known) if known else {}
     for lease in leases:
         state = states.get(lease.delivery.seq)
@@ -154,7 +149,7 @@ def record(tx: Transaction, outcomes: Sequence[Outcome]) -> tuple[list[Outcome],
     Refused is what comes from a worker whose lease was lost: by its token.
     """
     leases = [outcome.lease for outcome in outcomes]
-    _lock_messages(tx, leases)
+    lock(tx, {lease.delivery.message.id for lease in leases})
     states = _states(tx, leases)
     stored: list[Outcome] = []
     refused: list[Outcome] = []
@@ -174,17 +169,6 @@ def record(tx: Transaction, outcomes: Sequence[Outcome]) -> tuple[list[Outcome],
 def _is_held(state: Any, lease: Lease) -> bool:
     is_running: bool = state.status == DeliveryStatus.PROCESSING
     return is_running and state.lease_token == lease.token
-
-
-def _lock_messages(tx: Transaction, leases: Sequence[Lease]) -> None:
-    """Lock messages, always in the same order, before their deliveries change.
-
-    Two workers that had different deliveries of one message would else each draw its
-    status without seeing what the other changed.
-    """
-    if tx.connection.dialect.name != "sqlite":  # there the whole transaction is the lock
-        ids = sorted({lease.delivery.message.id for lease in leases})
-        _LOCK_MESSAGES.fetch(tx, {"ids": ids})
 
 
 def _states(tx: Transaction, leases: Sequence[Lease]) -> dict[int, Any]:

@@ -152,7 +152,9 @@ def retry_failed(tx: Transaction, message_id: str) -> list[Delivery]:
     :raises MessageNotFoundError: when there is no such message.
     :raises NothingToRetryError: when none of its deliveries had failed.
     """
-    row = tx.connection.execute(select(*MESSAGE_COLUMNS).where(messages.c.id == message_id)).first()
+    its = messages.c.id == message_id
+    # locked: somebody may be doing the same
+    row = tx.connection.execute(select(*MESSAGE_COLUMNS).where(its).with_for_update()).first()
     if row is None:
         raise MessageNotFoundError(f"no message {message_id}")
     c = deliveries.c

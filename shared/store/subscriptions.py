@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from shared.database import Transaction
 from shared.lifecycle import DeliveryStatus
 from shared.statements import Prepared
-from shared.store.summary import refresh
+from shared.store.summary import lock, refresh
 from shared.tables import deliveries, subscriptions
 from shared.types import Envelope, Subscription
 
@@ -98,6 +98,7 @@ def _discard_waiting(tx: Transaction, subscription_ids: Sequence[int]) -> set[st
     waiting = deliveries.c.status.in_([DeliveryStatus.PENDING, DeliveryStatus.RETRY])
     found = tx.connection.execute(select(deliveries.c.message_id).where(its, waiting))
     touched = set(found.scalars())
+    lock(tx, touched)
     tx.connection.execute(
         update(deliveries)
         .where(its, waiting)

@@ -16,6 +16,13 @@ from shared.tables import deliveries, messages
 
 c = deliveries.c
 
+_LOCK = Prepared(
+    select(messages.c.id)
+    .where(messages.c.id.in_(bindparam("ids", expanding=True)))
+    .order_by(messages.c.id)
+    .with_for_update()
+)
+
 _OF_MESSAGES = Prepared(
     select(c.message_id, c.status, c.attempts, c.started_at, c.processed_at, c.error_message).where(
         c.message_id.in_(bindparam("ids", expanding=True))
@@ -33,6 +40,17 @@ _SUMMARISE = Prepared(
         updated_at=bindparam("now"),
     )
 )
+
+
+def lock(tx: Transaction, message_ids: Iterable[str]) -> None:
+    """Lock messages, always in the same order, before their deliveries change.
+
+    Two who change different deliveries of one message would else each draw its status
+    without seeing what the other changed.
+    """
+    ids = sorted(message_ids)
+    if ids and tx.connection.dialect.name != "sqlite":  # there the whole transaction is the lock
+        _LOCK.fetch(tx, {"ids": ids})
 
 
 def refresh(tx: Transaction, message_ids: Iterable[str]) -> None:
