@@ -45,7 +45,10 @@ def db() -> None:
 @click.pass_obj
 def db_upgrade(settings: Settings) -> None:
     """Bring the tables of the message log and of all services to the newest version."""
-    for migrations in all_migrations():
+    known = list(all_migrations())
+    if known == [LOG]:
+        click.echo("no service is installed here: only the message log has tables", err=True)
+    for migrations in known:
         url = _url(settings, migrations)
         try:
             reached = upgrade(make_engine(url, time.sleep), migrations)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -206,7 +205,5 @@ class QueueClient(SharedExtension):
 
     def _crash(self, error: BaseException) -> None:
         _log.critical("the queue's thread ended", exc_info=error)
-        try:
-            raise error
-        except BaseException:
-            self.container.kill(sys.exc_info())
+        # in a greenthread of its own: killing ends the one that brings us this
+        eventlet.spawn_n(self.container.kill, (type(error), error, error.__traceback__))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 from nameko.extensions import DependencyProvider
@@ -25,6 +27,8 @@ from shared.types import (
     encode_payload,
     new_message_id,
 )
+
+_log = logging.getLogger(__name__)
 
 LONGEST_DELAY_SECONDS = 10 * 365 * 86_400
 """Ten years; a time further off is a mistake, and soon out of the database's range."""
@@ -60,6 +64,8 @@ def make_envelope(
     source = settings.source_of(queue)
     if contracts.versions(source, event_type):
         kept.setdefault("version", str(DEFAULT_VERSION))
+    else:
+        _say_free(source, event_type)
     contracts.check(source, event_type, payload, kept)
     if context:
         kept[OWN_METADATA] = {"context": _sendable(context)}
@@ -74,6 +80,11 @@ def make_envelope(
         delay=_check_delay(delay, scheduled_at),
         metadata=kept,
     )
+
+
+@cache
+def _say_free(source: str, event_type: str) -> None:
+    _log.info("no contract for %s of %s: any payload is let pass", event_type, source)
 
 
 class Dispatch:
@@ -198,7 +209,7 @@ def _check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         raise PayloadError({f"metadata.{OWN_METADATA}": "is reserved"})
     check_json(metadata, "metadata")
     try:
-        json.dumps(metadata, allow_nan=False)
+        json.dumps(metadata, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError) as exc:
         raise PayloadError({"metadata": f"is not JSON: {exc}"}) from exc
     return dict(metadata)
@@ -211,7 +222,7 @@ def _sendable(context: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_json(value: Any) -> bool:
     try:
-        json.dumps(value, allow_nan=False)
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError):
         return False
     return value is not None

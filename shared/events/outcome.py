@@ -20,6 +20,9 @@ ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 TRACEBACK_LENGTH = 20_000
 """Characters of a traceback that are kept: its end, where the error is."""
 
+MESSAGE_LENGTH = 10_000
+"""Characters of an error that are kept; MySQL's TEXT holds 65,535 bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
@@ -57,7 +60,13 @@ def failure_of(exc_info: ExcInfo) -> Failure:
     """Describe an exception as text to be stored."""
     kind, error, _ = exc_info
     text = "".join(traceback.format_exception(*exc_info))
-    return Failure(kind.__name__, str(error) or kind.__name__, text[-TRACEBACK_LENGTH:])
+    message = str(error)[:MESSAGE_LENGTH] or kind.__name__
+    return Failure(kind.__name__, _storable(message), _storable(text[-TRACEBACK_LENGTH:]))
+
+
+def _storable(text: str) -> str:
+    # a handler's error may quote what is half a character, which no database takes
+    return text.encode("utf-8", "replace").decode()
 
 
 def settle(outcome: Outcome, end: Callable[[Outcome], Any], subscriber: str) -> None:

@@ -39,7 +39,7 @@ from shared.native import select as wait_readable
 from shared.providers import QueueProvider, make_provider
 from shared.settings import Settings
 from shared.store import attempts, log, subscriptions
-from shared.store.migrate import LOG, upgrade_sqlite
+from shared.store.migrate import LOG, missing, upgrade_sqlite
 from shared.store.summary import refresh
 from shared.types import Delivery, Envelope, Failure, Lease, Outcome, Settlement, Subscription
 
@@ -206,7 +206,7 @@ class Pump:
         try:
             self._connect()
             self._keep_leases()
-            self._do(turn)
+            self._do_together_or_singly(turn)
         except (StoreUnavailableError, ProviderError) as exc:
             self._put_off(turn, calls, exc)
             return
@@ -243,8 +243,7 @@ class Pump:
 
     def _connect(self) -> None:
         if not self._connected:
-            if self._database.is_sqlite:
-                self._upgrade()
+            self._prepare_tables()
             self._provider.initialize()
             self._connected = True
             if self._trouble is not None:
@@ -254,11 +253,15 @@ class Pump:
             self._consume(self._wanted)
             self._wanted = None
 
-    def _upgrade(self) -> None:
+    def _prepare_tables(self) -> None:
+        engine = self._database.engine
         try:
-            upgrade_sqlite(self._database.engine, LOG)
+            if self._database.is_sqlite:
+                upgrade_sqlite(engine, LOG)
+            elif lack := missing(engine, LOG):
+                raise StoreUnavailableError(lack)
         except (SQLAlchemyError, OSError) as exc:
-            raise StoreUnavailableError(str(exc)) from exc
+            raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
 
     def _consume(self, wanted: Consume) -> None:
         with self._database.transaction() as tx:
@@ -268,6 +271,31 @@ class Pump:
         self._sign_at = monotonic() + SIGN_SECONDS
         self._may_have_more = True
         self._mailbox.answer(wanted.on_registered, mine)
+
+    def _do_together_or_singly(self, turn: Turn) -> None:
+        """Do a turn; when its events cannot be stored together, find out which cannot."""
+        try:
+            self._do(turn)
+        except QueueError:
+            raise
+        except Exception as exc:
+            if not turn.appends:
+                raise
+            self._do(Turn(outcomes=turn.outcomes))
+            turn.outcomes = []
+            self._say(logging.ERROR, "events could not be stored together: %s", exc)
+            self._store_singly(turn.appends)
+
+    def _store_singly(self, appends: list[Append]) -> None:
+        while appends:
+            try:
+                self._do(Turn(appends=appends[:1]))
+            except QueueError:
+                raise  # what is left of the turn is put off
+            except Exception as exc:
+                error = DispatchError(f"nothing was stored: {exc}")
+                self._mailbox.answer(appends[0].promise.reject, error)
+            del appends[0]
 
     def _do(self, turn: Turn) -> None:
         if not turn.appends and not turn.outcomes and self._room() <= 0:

@@ -64,6 +64,19 @@ def all_migrations() -> Iterator[Migrations]:
         yield service_migrations(point.name, point.load())
 
 
+def missing(engine: Engine, migrations: Migrations) -> str | None:
+    """Say in one line what to do about tables that are not there or old; ``None`` if all is well.
+
+    :raises SQLAlchemyError: when the database does not answer.
+    """
+    with engine.connect() as connection:
+        current = migrations.current(connection)
+    if current is not None and current >= migrations.newest():
+        return None
+    state = "are missing" if current is None else f"are at version {current}"
+    return f"the tables of {migrations.name} {state}: run queuectl db upgrade"
+
+
 def upgrade(engine: Engine, migrations: Migrations) -> str | None:
     """Bring a database to the newest version; return it, or ``None`` if it was there already."""
     with engine.connect() as connection:

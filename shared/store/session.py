@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import eventlet
 from nameko_sqlalchemy import DB_URIS_KEY
 from nameko_sqlalchemy import DatabaseSession as NamekoDatabaseSession
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import sessionmaker
 
 from shared.database import database_url, make_engine
-from shared.settings import settings_or_exit
-from shared.store.migrate import service_migrations, upgrade_sqlite
+from shared.settings import refuse_start, settings_or_exit
+from shared.store.migrate import Migrations, missing, service_migrations, upgrade_sqlite
 
 
 class DatabaseSession(NamekoDatabaseSession):
@@ -29,5 +31,14 @@ class DatabaseSession(NamekoDatabaseSession):
         url = database_url(settings_or_exit(self.container.config), service)
         self.engine: Any = make_engine(url, eventlet.sleep, **self.engine_options)
         self.Session = sessionmaker(bind=self.engine, **self.session_options)
+        migrations = service_migrations(service, self.declarative_base)
         if self.engine.dialect.name == "sqlite":
-            upgrade_sqlite(self.engine, service_migrations(service, self.declarative_base))
+            upgrade_sqlite(self.engine, migrations)
+        else:
+            self._check_tables(migrations)
+
+    def _check_tables(self, migrations: Migrations) -> None:
+        # a database that does not answer yet may do so later
+        with contextlib.suppress(OperationalError):
+            if lack := missing(self.engine, migrations):
+                refuse_start(lack)

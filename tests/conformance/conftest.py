@@ -68,15 +68,30 @@ def other(new_worker: Callable[..., Worker], placed: Subscription) -> Worker:
     return new_worker(placed)
 
 
+@pytest.fixture(scope="session")
+def idle_processes() -> Iterator[list[Process]]:
+    """Processes that nobody needs just now: to start one takes longer than most tests."""
+    idle: list[Process] = []
+    yield idle
+    for process in idle:
+        process.kill()
+
+
 @pytest.fixture
-def new_process(lab: ProviderLab) -> Iterator[Callable[..., Process]]:
+def new_process(
+    lab: ProviderLab, idle_processes: list[Process]
+) -> Iterator[Callable[..., Process]]:
     """Makes processes, each with an instance that has the subscriptions given declared."""
-    made: list[Process] = []
+    used: list[Process] = []
 
     def make(*declared: Subscription) -> Process:
-        made.append(Process(lab, *declared))
-        return made[-1]
+        process = idle_processes.pop() if idle_processes else Process()
+        used.append(process)
+        process.open(lab, *declared)
+        return process
 
     yield make
-    for process in made:
-        process.kill()
+    for process in used:
+        if not process.is_killed:
+            process.ask("close")
+            idle_processes.append(process)

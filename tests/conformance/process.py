@@ -1,7 +1,7 @@
 """A process beside the tests', which does to the provider what it is told to.
 
-``python -m tests.conformance.process <lab> <config as JSON>`` reads a command as JSON from
-each line of standard input, and answers each by a line.
+``python -m tests.conformance.process`` reads a command as JSON from each line of standard
+input, and answers each by a line.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json  # noqa: E402
 import os  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
+from collections.abc import Mapping  # noqa: E402
 from pathlib import Path  # noqa: E402
 from time import monotonic  # noqa: E402
 from typing import Any  # noqa: E402
@@ -24,21 +25,26 @@ from tests.conformance.lab import QUEUE, SOURCE, ProviderLab, Worker, lab_class,
 ROOT = Path(__file__).parents[2]
 
 CONSUME_SECONDS = 30.0
+"""How long a process consumes at most, should what it waits for never end."""
 
 
 class Process:
     """Starts such a process, and tells it what to do."""
 
-    def __init__(self, lab: ProviderLab, *declared: Subscription) -> None:
-        name = f"{type(lab).__module__}:{type(lab).__qualname__}"
+    def __init__(self) -> None:
+        self.is_killed = False
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", __name__, name, json.dumps(lab.config)],
+            [sys.executable, "-W", "ignore", "-m", __name__],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.ask("open", [subscription.id for subscription in declared])
+
+    def open(self, lab: ProviderLab, *declared: Subscription) -> None:
+        """Have it make an instance of the lab's provider."""
+        name = f"{type(lab).__module__}:{type(lab).__qualname__}"
+        self.ask("open", name, lab.config, [subscription.id for subscription in declared])
 
     def tell(self, command: str, *args: Any) -> None:
         """Give it a command, and do not wait."""
@@ -60,6 +66,7 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL: it lets go of nothing."""
+        self.is_killed = True
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -70,11 +77,14 @@ class Process:
 class _Commands:
     """What such a process can do; each method is a command."""
 
-    def __init__(self, lab: ProviderLab) -> None:
-        self._worker = Worker(lab, f"process {os.getpid()}")
+    _worker: Worker
 
-    def open(self, ids: list[int]) -> None:
-        self._worker.open(*[Subscription(QUEUE, SOURCE, "any", "any", id=id_) for id_ in ids])
+    def open(self, lab: str, config: Mapping[str, str], ids: list[int]) -> None:
+        self._worker = Worker(lab_class(lab)(config), f"process {os.getpid()}")
+        self._worker.open(*[Subscription(QUEUE, SOURCE, "any", "any", id=each) for each in ids])
+
+    def close(self) -> None:
+        self._worker.close()
 
     def dispatch(self, event_type: str, count: int, delay: float | None) -> list[int]:
         return seqs(self._worker.dispatch(event_type, count, delay=delay))
@@ -103,12 +113,12 @@ class _Commands:
         return [had, refused]
 
 
-def main(lab: str, config: str) -> None:
-    commands = _Commands(lab_class(lab)(json.loads(config)))
+def main() -> None:
+    commands = _Commands()
     for line in sys.stdin:
         command, *args = json.loads(line)
         print(json.dumps(getattr(commands, command)(*args)), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -91,6 +91,7 @@ class TestFencing:
         lost = worker.reserve()
         held = other.reserve_within(LEASE_SECONDS + worker.lab.promptly, 5)
         assert seqs(held) == seqs(lost)
+        assert all(new.token > old.token for new, old in zip(held, lost, strict=True))
         other.retry(held[4], delay=3600)
         # when the old holder settles them, each in another way
         actions = [*SettleAction, SettleAction.RETRY]
@@ -103,27 +104,17 @@ class TestFencing:
         assert other.acknowledge(*held[:4]) == []
         assert worker.reserve() == []
 
-    def test_a_batch_is_refused_in_part(self, worker: Worker, other: Worker) -> None:
-        worker.dispatch("placed")
-        lost = worker.reserve()
-        other.reserve_within(LEASE_SECONDS + worker.lab.promptly)
-        worker.dispatch("placed")
-        held = worker.reserve()
-        assert worker.acknowledge(*held, *lost) == lost
-        assert worker.extend(*held) == held
-
     def test_tokens_grow(self, worker: Worker, other: Worker) -> None:
         worker.dispatch("placed")
         tokens = []
-        for _ in range(3):
-            [lease] = worker.reserve()
+        for each in (worker, other, worker):
+            [lease] = each.reserve()
             tokens.append(lease.token)
-            worker.release(lease)
-        [lease] = worker.reserve()
-        worker.retry(lease, delay=0)
-        [again] = worker.reserve_within(worker.lab.promptly)
-        [taken_over] = other.reserve_within(LEASE_SECONDS + worker.lab.promptly)
-        tokens += [lease.token, again.token, taken_over.token]
+            each.release(lease)
+        for each in (worker, other):
+            [lease] = each.reserve_within(worker.lab.promptly)
+            tokens.append(lease.token)
+            each.retry(lease, delay=0)
         assert tokens == sorted(set(tokens))
         assert tokens[0] > 0
 
@@ -155,7 +146,9 @@ class TestLeases:
             worker.extend(*leases)
             other.reserve_within(30)
 
-    def test_that_are_lost_are_said_to_be(self, worker: Worker, other: Worker) -> None:
+    def test_that_are_lost_are_said_to_be_and_no_others(
+        self, worker: Worker, other: Worker
+    ) -> None:
         worker.dispatch("placed", 2)
         taken_over, settled = worker.reserve()
         worker.acknowledge(settled)
@@ -164,7 +157,9 @@ class TestLeases:
         [mine] = worker.reserve()
         assert worker.extend(taken_over, mine, settled) == [taken_over, settled]
         assert worker.extend() == []
+        assert worker.acknowledge(mine, settled, taken_over) == [settled, taken_over]
         assert other.extend(*held) == []
+        assert other.acknowledge(*held) == []
 
     def test_end_with_a_killed_process(
         self, worker: Worker, placed: Subscription, new_process: NewProcess
@@ -205,7 +200,7 @@ class TestSeveralConsumers:
         processes = [new_process(placed) for _ in range(2)]
         sent = worker.dispatch("placed", 500)
         for process in processes:
-            process.tell("consume", 7)
+            process.tell("consume", 10)
         sent += worker.dispatch("placed", 500)
         (mine, mine_refused), (theirs, theirs_refused) = (p.answer() for p in processes)
         assert sorted([*mine, *theirs]) == seqs(sent)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,19 @@ class Flow:
         self._container: ServiceContainer | None = None
         self._reader = make_reader(database_url(self.settings), lambda _: None)
 
-    def run(self, *services: str, arguments: tuple[str, ...] = (), **env: str) -> NamekoProcess:
+    def run(
+        self, *services: str, arguments: tuple[str, ...] = (), wait: bool = True, **env: str
+    ) -> NamekoProcess:
         """Start ``nameko run`` and wait until it says that it is ready."""
         log = self.folder / f"process-{next(self._numbers)}.log"
         process = NamekoProcess(*services, env={**self.env, **env}, log=log, arguments=arguments)
         self.processes.append(process)
-        wait_until(
-            lambda: process.output().count("queue ready") == len(services),
-            20,
-            lambda: f"{services} to be ready: {process.output()}",
-        )
+        if wait:
+            wait_until(
+                lambda: process.output().count("queue ready") == len(services),
+                20,
+                lambda: f"{services} to be ready: {process.output()}",
+            )
         return process
 
     def send(self, event_type: str, payload: Any, **options: Any) -> str:
@@ -128,6 +131,20 @@ def mariadb_flow(tmp_path: Path) -> Iterator[tuple[Flow, MariaDBServer]]:
     yield made, server
     made.close()
     server.close()
+
+
+@pytest.fixture
+def flow_on(tmp_path: Path) -> Iterator[Callable[[Mapping[str, str]], Flow]]:
+    """Makes a flow with further settings."""
+    made: list[Flow] = []
+
+    def make(env: Mapping[str, str]) -> Flow:
+        made.append(Flow(tmp_path, dict(env)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import sqlite3
 import pytest
 
 from shared.errors import DispatchError
+from tests.conftest import migrate
+from tests.support.processes import NamekoProcess
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow
@@ -64,3 +66,27 @@ def test_a_worker_on_mariadb_goes_on_when_the_server_is_back(mariadb_flow):
     message = flow.wait_for_status(after, "completed")
     assert message["retryCount"] == 1
     assert flow.stats()["total"] == 2
+
+
+def test_without_its_tables_a_service_does_not_start_and_says_what_to_run(
+    tmp_path, mariadb_database
+):
+    process = NamekoProcess(
+        "services.company",
+        env={"QUEUE_DATA_DIR": str(tmp_path / "var"), **mariadb_database.environment},
+        log=tmp_path / "process-0.log",
+    )
+
+    assert process.process.wait(20) == 2
+    assert "the tables of company are missing: run queuectl db upgrade" in process.output()
+
+
+def test_a_worker_waits_for_the_tables_of_the_log(flow_on, mariadb_database):
+    flow = flow_on(mariadb_database.environment)
+    worker = flow.run(RECORDER, wait=False)
+    wait_until(lambda: "tables of queue are missing" in worker.output(), 15, "the line in the log")
+
+    migrate(mariadb_database.environment)
+
+    wait_until(lambda: "queue ready" in worker.output(), 15, worker.output)
+    flow.wait_for_status(flow.send("thing.happened", {}), "completed")
