@@ -29,12 +29,16 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.mysql import DATETIME, LONGTEXT, TIMESTAMP
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.types import Boolean, UserDefinedType
 
 from shared.lifecycle import DeliveryStatus, MessageStatus
 from shared.types import Envelope, Priority
 
 metadata = MetaData()
+
+TEXT: dict[str, Any] = {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
+"""How MySQL and MariaDB keep text: names that differ in case are different names."""
 
 
 class JsonText(UserDefinedType[str]):
@@ -46,8 +50,15 @@ class JsonText(UserDefinedType[str]):
     cache_ok = True
 
     def get_col_spec(self, **_: Any) -> str:
-        """Name the column's type: JSON in each database that we use."""
+        """Name the column's type."""
         return "JSON"
+
+
+@compiles(JsonText, "mysql", "mariadb")
+def _json_column(_element: JsonText, compiler: Any, **_: Any) -> str:
+    # MariaDB's JSON is this and a check, which refuses what nests deeper than 32 levels
+    is_mariadb = getattr(compiler.dialect, "is_mariadb", False)
+    return "LONGTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin" if is_mariadb else "JSON"
 
 
 def _words(enum: Any) -> Enum:
@@ -101,6 +112,7 @@ messages = Table(
         # each move of a message is written to each of its indices: SQLite keeps the rare ones
         sqlite_where=text("status = 'failed'"),
     ),
+    **TEXT,
 )
 
 subscriptions = Table(
@@ -121,7 +133,7 @@ subscriptions = Table(
     # While set, nothing is reserved for it.
     Column("paused_at", millis(), nullable=True),
     UniqueConstraint("queue_name", "message_type", "subscriber", name="uq_queue_subscriptions"),
-    mysql_charset="utf8mb4",
+    **TEXT,
 )
 
 deliveries = Table(
@@ -179,6 +191,7 @@ deliveries = Table(
         "lease_expires_at",
         sqlite_where=text("lease_expires_at IS NOT NULL"),
     ),
+    **TEXT,
 )
 
 attempts = Table(
@@ -198,6 +211,7 @@ attempts = Table(
     Column("error_message", Text, nullable=True),
     Column("traceback", Text().with_variant(LONGTEXT(), "mysql", "mariadb"), nullable=True),
     Index("ix_queue_attempts_delivery", "delivery_seq"),
+    **TEXT,
 )
 """The history: one row for each attempt that ended otherwise than by completing."""
 
@@ -210,6 +224,7 @@ audit_log = Table(
     Column("action", String(50), nullable=False),
     Column("target", String(255), nullable=False),
     Column("detail", JsonText(), nullable=True),
+    **TEXT,
 )
 """Who did what through queue_admin."""
 

@@ -111,6 +111,8 @@ class Turn:
     refused: list[Outcome] = field(default_factory=list)
     leases: list[Lease] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
+    had_settled: bool = False
+    """Whether some of what was reserved is not to run, so that there is room for more."""
 
 
 class Pump:
@@ -181,18 +183,22 @@ class Pump:
             wait_readable([interrupt], [], [], timeout)
 
     def _next_timer(self) -> float:
-        timers = [self._sign_at if self._mine else monotonic() + SIGN_SECONDS]
-        if self._active:
-            timers.append(self._renew_at)
+        timers = [self._next_reconnect() if self._is_behind() else self._next_duty()]
         if self._die_at is not None:
             timers.append(self._die_at)
-        if self._is_behind():
-            timers.append(monotonic() + RECONNECT_SECONDS)
         return min(timers)
+
+    def _next_duty(self) -> float:
+        signs = [self._sign_at] if self._mine else [monotonic() + SIGN_SECONDS]
+        return min(signs + ([self._renew_at] if self._active else []))
+
+    @staticmethod
+    def _next_reconnect() -> float:
+        return monotonic() + RECONNECT_SECONDS
 
     def _is_behind(self) -> bool:
         """Whether something waits for a connection."""
-        return bool(self._unsaved) or (self._wanted is not None and not self._connected)
+        return bool(self._unsaved or ((self._mine or self._wanted) and not self._connected))
 
     def _room(self) -> int:
         return self._workers - len(self._active) if self._mine else 0
@@ -359,6 +365,7 @@ class Pump:
         turn.touched |= {lease.delivery.message.id for lease in turn.leases}
         started = attempts.start(tx, turn.leases, self._worker)
         turn.leases = started.run
+        turn.had_settled = bool(started.settled)
         if started.settled:
             self._provider.settle(started.settled, tx)
 
@@ -366,7 +373,7 @@ class Pump:
         refresh(tx, turn.touched)
 
     def _answer(self, turn: Turn) -> None:
-        self._may_have_more = bool(turn.leases)
+        self._may_have_more = turn.had_settled
         for append in turn.appends:
             self._mailbox.answer(append.promise.resolve, None)
         for outcome in turn.refused:

@@ -99,7 +99,7 @@ class QueueProvider(ABC):
         has run out, so that no other process is needed for it.
 
         :param limits: the most for each subscription id.
-        :param limit: the most altogether.
+        :param limit: the most altogether; fewer are returned only if no more are ready.
         """
 
     @abstractmethod

@@ -68,7 +68,6 @@ class EmbeddedProvider(QueueProvider):
         self._turns = 0
 
     def initialize(self) -> None:
-        self._bell.listen()
         with self._joined(None):  # the database answers
             pass
 
@@ -78,6 +77,8 @@ class EmbeddedProvider(QueueProvider):
 
     def declare(self, subscriptions: Sequence[Subscription]) -> None:
         self._mine |= {subscription.id for subscription in subscriptions}
+        if self._mine:  # who only dispatches needs not be woken
+            self._bell.listen()
 
     def publish(self, deliveries: Sequence[Delivery], tx: Any = None) -> None:
         with self._joined(tx) as tx:
@@ -100,13 +101,16 @@ class EmbeddedProvider(QueueProvider):
 
     def reserve(self, limits: Mapping[int, int], limit: int, tx: Any = None) -> list[Lease]:
         with self._joined(tx) as tx:
-            ready = self._in_turn(self._with_ready(tx, list(limits)))
-            seqs: list[int] = []
-            for place, subscription_id in enumerate(ready):
-                # what is left, shared evenly among the subscriptions that have something
-                share = -(-(limit - len(seqs)) // (len(ready) - place))
-                values = {"id": subscription_id, "limit": min(share, limits[subscription_id])}
-                seqs += [row.seq for row in _NEXT.fetch(tx, values)]
+            hungry = self._in_turn(self._with_ready(tx, list(limits)))
+            taken: dict[int, list[int]] = {subscription_id: [] for subscription_id in hungry}
+            while hungry and (left := limit - _count(taken)) > 0:
+                shares = _even_shares(left, len(hungry))
+                hungry = [
+                    subscription_id
+                    for subscription_id, share in zip(hungry, shares, strict=True)
+                    if _take(tx, subscription_id, share, limits, taken)
+                ]
+            seqs = [seq for its in taken.values() for seq in its]
             return _lease(tx, seqs, self.settings.lease)
 
     def settle(self, settlements: Sequence[Settlement], tx: Any = None) -> list[Settlement]:
@@ -140,7 +144,7 @@ class EmbeddedProvider(QueueProvider):
 
     def peek(self, subscription_id: int, limit: int) -> list[Delivery]:
         with self._joined(None) as tx:
-            values = {"id": subscription_id, "limit": limit}
+            values = {"id": subscription_id, "limit": limit, "offset": 0}
             seqs = [row.seq for row in _NEXT.fetch(tx, values)]
             return [lease.delivery for lease in _load(tx, seqs)]
 
@@ -247,6 +251,7 @@ _NEXT = Prepared(
     .where(c.subscription_id == bindparam("id"), c.ready == true())
     .order_by(c.priority_rank, c.seq)
     .limit(bindparam("limit", type_=Integer))
+    .offset(bindparam("offset", type_=Integer))
     .with_for_update(skip_locked=True)
 )
 _LEASE = Prepared(
@@ -304,6 +309,32 @@ _STATS = Prepared(
     .group_by(subscriptions.c.id, subscriptions.c.subscriber)
     .order_by(subscriptions.c.id)
 )
+
+
+def _count(taken: Mapping[int, list[int]]) -> int:
+    return sum(map(len, taken.values()))
+
+
+def _even_shares(total: int, count: int) -> list[int]:
+    return [total // count + (place < total % count) for place in range(count)]
+
+
+def _take(
+    tx: Transaction,
+    subscription_id: int,
+    share: int,
+    limits: Mapping[int, int],
+    taken: Mapping[int, list[int]],
+) -> bool:
+    """Choose the next of one subscription; say whether it may have more than its share."""
+    its = taken[subscription_id]
+    most = min(share, limits[subscription_id] - len(its))
+    if most <= 0:
+        return False
+    values = {"id": subscription_id, "limit": most, "offset": len(its)}
+    found = [row.seq for row in _NEXT.fetch(tx, values)]
+    its.extend(found)
+    return len(found) == most
 
 
 def _lease(tx: Transaction, seqs: list[int], seconds: float) -> list[Lease]:
@@ -401,7 +432,8 @@ class Bell:
         deadline = monotonic() + timeout
         while True:
             left = max(deadline - monotonic(), 0)
-            readable, _, _ = wait_readable([interrupt, self._socket], [], [], left)
+            listened = [self._socket] if self._socket is not None else []
+            readable, _, _ = wait_readable([interrupt, *listened], [], [], left)
             if self._socket not in readable or interrupt in readable or mine & self._heard():
                 return
 

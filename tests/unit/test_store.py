@@ -59,8 +59,6 @@ COMPLETED, DISCARDED, FAILED, PENDING, PROCESSING, RETRY = (
     DeliveryStatus.RETRY,
 )
 
-DEEP_ON_MARIADB = "a JSON column of MariaDB checks JSON_VALID, which ends at 32 levels"
-CASE_ON_MARIADB = "the tables take the server's collation, which makes no difference of case"
 
 BOOM = Failure("ValueError", "boom", "Traceback (most recent call last): …")
 
@@ -591,11 +589,7 @@ class TestAppend:
         assert store.message(sent.id).payload == sent.body
 
     @pytest.mark.parametrize("depth", [31, 32, 33, MAX_JSON_DEPTH])
-    def test_stores_the_deepest_payload(
-        self, request: pytest.FixtureRequest, store: Log, depth: int
-    ) -> None:
-        if depth > 31 and not store.database.is_sqlite:
-            request.applymarker(pytest.mark.xfail(reason=DEEP_ON_MARIADB))
+    def test_stores_the_deepest_payload(self, store: Log, depth: int) -> None:
         store.subscribe()
         sent = event(body="[" * depth + "]" * depth)
         store.append(sent)
@@ -629,11 +623,7 @@ class TestAppend:
         assert other.result() == []
         assert len(store.rows(deliveries_table)) == 1
 
-    def test_tells_names_apart_that_differ_in_case(
-        self, request: pytest.FixtureRequest, store: Log
-    ) -> None:
-        if not store.database.is_sqlite:
-            request.applymarker(pytest.mark.xfail(reason=CASE_ON_MARIADB))
+    def test_tells_names_apart_that_differ_in_case(self, store: Log) -> None:
         lower, upper = store.subscribe("placed"), store.subscribe("Placed")
         assert lower.id != upper.id
         assert [each.subscription_id for each in store.append(event("placed"))] == [lower.id]

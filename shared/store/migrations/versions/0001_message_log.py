@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.mysql import LONGTEXT
 
-from shared.tables import JsonText, big_key, millis
+from shared.tables import TEXT, JsonText, big_key, millis
 
 revision = "0001"
 down_revision = None
@@ -62,7 +62,7 @@ def _create_messages() -> None:
         sa.CheckConstraint(
             "status <> 'completed' OR processed_at IS NOT NULL", name="completed_is_processed"
         ),
-        mysql_charset="utf8mb4",
+        **TEXT,
     )
     op.create_index(
         "ix_queue_messages_queue_status", "queue_messages", ["queue_name", "status", "created_at"]
@@ -92,7 +92,7 @@ def _create_subscriptions() -> None:
         sa.UniqueConstraint(
             "queue_name", "message_type", "subscriber", name="uq_queue_subscriptions"
         ),
-        mysql_charset="utf8mb4",
+        **TEXT,
     )
 
 
@@ -137,7 +137,7 @@ def _create_deliveries() -> None:
         sa.CheckConstraint(
             "status <> 'failed' OR error_message IS NOT NULL", name="failed_has_error"
         ),
-        mysql_charset="utf8mb4",
+        **TEXT,
     )
     table = "queue_deliveries"
     op.create_index("ix_queue_deliveries_message", table, ["message_id"])
@@ -183,7 +183,7 @@ def _create_attempts() -> None:
         sa.Column(
             "traceback", sa.Text().with_variant(LONGTEXT(), "mysql", "mariadb"), nullable=True
         ),
-        mysql_charset="utf8mb4",
+        **TEXT,
     )
     op.create_index("ix_queue_attempts_delivery", "queue_attempts", ["delivery_seq"])
 
@@ -197,7 +197,7 @@ def _create_audit_log() -> None:
         sa.Column("action", sa.String(50), nullable=False),
         sa.Column("target", sa.String(255), nullable=False),
         sa.Column("detail", JsonText(), nullable=True),
-        mysql_charset="utf8mb4",
+        **TEXT,
     )
 
 
