@@ -10,7 +10,7 @@ import ipaddress
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -55,7 +55,7 @@ class Database:
     host: str
     port: int
     user: str
-    password: str
+    password: str = field(repr=False)
     name: str
 
 
@@ -81,17 +81,18 @@ class Settings:
     retries: Retries
     addresses: Mapping[str, Address]
     admin_auth: str
-    admin_tokens: tuple[str, ...]
-    mail_url: str
+    admin_tokens: tuple[str, ...] = field(repr=False)
+    # it may hold a password
+    mail_url: str = field(repr=False)
     mail_from: str
     redis_host: str
     redis_port: int
-    redis_password: str
+    redis_password: str = field(repr=False)
     redis_db: int
     rabbitmq_host: str
     rabbitmq_port: int
     rabbitmq_username: str
-    rabbitmq_password: str
+    rabbitmq_password: str = field(repr=False)
     rabbitmq_vhost: str
     database: Database | None
 
@@ -159,7 +160,7 @@ def _provider(value: Any) -> str:
         raise EnvError(wanted)
     try:
         getattr(import_module(match[1]), match[2])
-    except (ImportError, AttributeError) as exc:
+    except (ImportError, AttributeError, TypeError, ValueError) as exc:
         raise EnvError(f"{wanted}; {exc}") from exc
     return name
 
@@ -189,14 +190,15 @@ def _sources(value: Any) -> Mapping[str, str]:
 
 
 def _mail_url(value: Any) -> str:
-    url = urlsplit(_text(value))
     try:
+        url = urlsplit(_text(value))
         port_fits = url.port is None or url.port > 0
-    except ValueError:
-        port_fits = False
-    is_file = url.scheme == "file" and url.path
-    is_server = url.scheme in ("smtp", "smtps") and url.hostname and port_fits
-    if not is_file and not is_server:
+    except ValueError:  # brackets without their other half; a port that is none
+        fits = False
+    else:
+        is_server = bool(url.scheme in ("smtp", "smtps") and url.hostname and port_fits)
+        fits = is_server or bool(url.scheme == "file" and url.path)
+    if not fits:
         raise EnvError("must be file:/path, smtp://[user:password@]host[:port] or smtps://…")
     return _text(value)
 
@@ -213,8 +215,8 @@ def _tokens(value: Any) -> tuple[str, ...]:
     if text.startswith("@"):
         try:
             text = Path(text[1:]).read_text()
-        except OSError as exc:
-            raise EnvError(f"cannot be read: {exc.strerror}") from exc
+        except (OSError, ValueError) as exc:
+            raise EnvError(f"cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
     tokens = tuple(token.strip() for token in re.split(r"[,\n]", text) if token.strip())
     if any(len(token) < 16 for token in tokens):
         raise EnvError("must be tokens of 16 characters or more, separated by commas, or @/file")

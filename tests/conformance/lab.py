@@ -55,7 +55,7 @@ class ProviderLab(ABC):
     :param config: settings, of a message log that has its tables and is empty.
     """
 
-    promptly: float = 0.5
+    promptly: float = 1.0
     """Seconds within which a waiting consumer has what it waits for, with room for the
     pauses of a busy machine."""
 
