@@ -246,14 +246,11 @@ class Worker:
             assert self.reserve() == []
             self.wait(min(left, LEASE_SECONDS / 5))
 
-    def unfinished(self) -> int:
-        """Count the deliveries that have no final outcome in the log."""
-        is_unfinished = deliveries_table.c.status.not_in(FINAL)
-        return self._in_log(
-            lambda tx: tx.connection.execute(
-                select(func.count()).select_from(deliveries_table).where(is_unfinished)
-            ).scalar_one()
-        )
+    def finished(self) -> int:
+        """Count the deliveries that have a final outcome in the log."""
+        count = select(func.count()).select_from(deliveries_table)
+        is_final = deliveries_table.c.status.in_(FINAL)
+        return self._in_log(lambda tx: tx.connection.execute(count.where(is_final)).scalar_one())
 
     # --- within
 

@@ -95,9 +95,9 @@ class _Commands:
     def resume(self, subscription_id: int) -> None:
         self._worker.provider.resume(subscription_id)
 
-    def consume(self, batch: int) -> list[list[int]]:
-        """Reserve and acknowledge until the log has nothing unfinished; return which
-        deliveries this process had, and which of them it was refused."""
+    def consume(self, batch: int, total: int) -> list[list[int]]:
+        """Reserve and acknowledge until ``total`` deliveries are finished, whoever had them;
+        return which this process had, and which of them it was refused."""
         had: list[int] = []
         refused: list[int] = []
         deadline = monotonic() + CONSUME_SECONDS
@@ -106,7 +106,7 @@ class _Commands:
             had += seqs(leases)
             if leases:
                 refused += seqs(self._worker.acknowledge(*leases))
-            elif self._worker.unfinished() == 0:
+            elif self._worker.finished() == total:
                 break
             else:
                 self._worker.wait(0.05)

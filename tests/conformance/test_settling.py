@@ -200,11 +200,11 @@ class TestSeveralConsumers:
         processes = [new_process(placed) for _ in range(2)]
         sent = worker.dispatch("placed", 500)
         for process in processes:
-            process.tell("consume", 10)
+            process.tell("consume", 10, 1000)
         sent += worker.dispatch("placed", 500)
         (mine, mine_refused), (theirs, theirs_refused) = (p.answer() for p in processes)
         assert sorted([*mine, *theirs]) == seqs(sent)
         assert mine_refused == theirs_refused == []
         # both had a part of it, or nothing was tried
         assert min(len(mine), len(theirs)) > 0
-        assert worker.unfinished() == 0
+        assert worker.finished() == 1000
