@@ -28,7 +28,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
-from sqlalchemy.dialects.mysql import DATETIME, LONGTEXT, TIMESTAMP
+from sqlalchemy.dialects.mysql import DATETIME, LONGTEXT, TIMESTAMP, VARCHAR
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.types import Boolean, UserDefinedType
 
@@ -74,6 +74,11 @@ def _seconds() -> Any:
 def millis() -> Any:
     """A time to the millisecond."""
     return DateTime().with_variant(DATETIME(fsp=3), "mysql", "mariadb")
+
+
+def exact(length: int) -> Any:
+    """A text that equals itself alone: the default of MySQL takes ``É`` for ``e``."""
+    return String(length).with_variant(VARCHAR(length, collation="utf8mb4_bin"), "mysql", "mariadb")
 
 
 def big_key() -> Any:

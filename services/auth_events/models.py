@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import ForeignKey, String
-from sqlalchemy.dialects.mysql import VARCHAR
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from shared.store.outbox import outbox_table
-from shared.tables import millis
+from shared.tables import exact, millis
 
 
 class Base(DeclarativeBase):
     """What the tables of this service have in common."""
-
-
-def exact(length: int) -> Any:
-    """Return the type of a text that equals itself alone: MySQL's default takes ``É`` for ``e``."""
-    return String(length).with_variant(VARCHAR(length, collation="utf8mb4_bin"), "mysql", "mariadb")
 
 
 class Company(Base):

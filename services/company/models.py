@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
 
 from sqlalchemy import ForeignKey, Index, String
-from sqlalchemy.dialects.mysql import VARCHAR
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from shared.tables import big_key, millis
+from shared.tables import big_key, exact, millis
 
 
 class Base(DeclarativeBase):
     """What the tables of this service have in common."""
-
-
-def exact(length: int) -> Any:
-    """Return the type of a text that equals itself alone: MySQL's default takes ``É`` for ``e``."""
-    return String(length).with_variant(VARCHAR(length, collation="utf8mb4_bin"), "mysql", "mariadb")
 
 
 class Kind(StrEnum):

@@ -1,23 +1,15 @@
 """Companies, users, sessions, and the outbox of their events."""
 
-from typing import Any
-
 import sqlalchemy as sa
 from alembic import op
-from sqlalchemy.dialects.mysql import LONGTEXT, VARCHAR
+from sqlalchemy.dialects.mysql import LONGTEXT
 
-from shared.tables import big_key, millis
+from shared.tables import big_key, exact, millis
 
 revision = "0001"
 down_revision = None
 
 CHARSET = {"mysql_charset": "utf8mb4", "mariadb_charset": "utf8mb4"}
-
-
-def exact(length: int) -> Any:
-    return sa.String(length).with_variant(
-        VARCHAR(length, collation="utf8mb4_bin"), "mysql", "mariadb"
-    )
 
 
 def upgrade() -> None:
