@@ -67,6 +67,8 @@ class Relay:
         """Relay what is committed, before the service ends; the next one would do it too."""
         with contextlib.suppress(DispatchError, SQLAlchemyError):
             self.sweep()
+        # the session's dependency may have stopped before, and closed its connections
+        self._engine.dispose()
 
     def sweep(self) -> int:
         """Hand over the oldest events, and remove them; return how many."""

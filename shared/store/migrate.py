@@ -106,12 +106,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _run(connection: Connection, migrations: Migrations) -> None:
+    # it tells of each of its plug-ins, and belongs to no service
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     # imported only where there is something to do: it takes longer than a start should
     from alembic import command
     from alembic.config import Config
 
-    # it tells of each of its plug-ins, and belongs to no service
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     config = Config()
     config.set_main_option("script_location", str(ENVIRONMENT))
     config.set_main_option("version_locations", str(migrations.versions))
