@@ -48,7 +48,7 @@ MOVES: dict[DeliveryStatus, frozenset[DeliveryStatus]] = {
             DeliveryStatus.COMPLETED,
             DeliveryStatus.RETRY,
             DeliveryStatus.FAILED,
-            # handed back unburnt, or taken over from a dead worker
+            # handed back unburnt; what is taken over from a dead worker goes on processing
             DeliveryStatus.PENDING,
             DeliveryStatus.DISCARDED,
         }

@@ -120,7 +120,7 @@ def _number(lowest: float, highest: float, kind: type = int) -> Callable[[Any], 
             number = None
         if number is None or not lowest <= number <= highest:
             what = "a whole number" if kind is int else "a number"
-            raise EnvError(f"must be {what} from {lowest:g} to {highest:g}")
+            raise EnvError(f"must be {what} from {lowest:.10g} to {highest:.10g}")
         return number
 
     return parse
@@ -317,7 +317,9 @@ class _Reader:
         if len(set(ports)) < len(ports):
             raise SettingsError("QUEUE_ADMIN_ADDRESS: each service must have a port of its own")
         if not settings.log and settings.provider == "embedded":
-            raise SettingsError("QUEUE_LOG: must be on with QUEUE_PROVIDER=embedded, which is it")
+            raise SettingsError(
+                "QUEUE_LOG: must be on where QUEUE_PROVIDER is embedded, whose queue is in the log"
+            )
         if settings.admin_auth == "token" and not settings.admin_tokens:
             raise SettingsError(
                 "QUEUE_ADMIN_TOKENS: must hold a token where QUEUE_ADMIN_AUTH is token, its "

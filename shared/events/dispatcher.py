@@ -30,8 +30,8 @@ from shared.types import (
 
 _log = logging.getLogger(__name__)
 
-LONGEST_DELAY_SECONDS = 10 * 365 * 86_400
-"""Ten years; a time further off is a mistake, and soon out of the database's range."""
+LONGEST_DELAY_SECONDS = 366 * 86_400
+"""A year; what is further off has a date, hence ``scheduled_at``."""
 
 
 def make_envelope(
@@ -50,7 +50,7 @@ def make_envelope(
     """Check an event and make its envelope.
 
     :param priority: low, normal, high or urgent.
-    :param delay: seconds, at most ten years; or
+    :param delay: seconds, at most a year; or
     :param scheduled_at: a time with its time zone. One in the past means now.
     :param max_retries: 0 to 100.
     :param metadata: JSON that travels along; ``version`` names the contract's version.

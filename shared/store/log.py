@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import and_, bindparam, insert, select, update
+from sqlalchemy import bindparam, insert, select, update
 
 from shared.database import Transaction
 from shared.errors import MessageNotFoundError, NothingToRetryError
@@ -29,6 +29,7 @@ from shared.tables import (
     deliveries,
     envelope_of,
     messages,
+    subscriptions,
 )
 from shared.types import Delivery, Envelope
 
@@ -158,13 +159,21 @@ def retry_failed(tx: Transaction, message_id: str) -> list[Delivery]:
     if row is None:
         raise MessageNotFoundError(f"no message {message_id}")
     c = deliveries.c
-    failed = and_(c.message_id == message_id, c.status == DeliveryStatus.FAILED)
-    found = tx.connection.execute(select(c.seq, c.subscription_id).where(failed)).all()
+    # nobody would ever handle it for a subscription that is retired
+    found = tx.connection.execute(
+        select(c.seq, c.subscription_id)
+        .select_from(deliveries.join(subscriptions))
+        .where(
+            c.message_id == message_id,
+            c.status == DeliveryStatus.FAILED,
+            subscriptions.c.retired_at.is_(None),
+        )
+    ).all()
     if not found:
-        raise NothingToRetryError(f"message {message_id} has no failed delivery")
+        raise NothingToRetryError(f"message {message_id} has no failed delivery to be retried")
     tx.connection.execute(
         update(deliveries)
-        .where(failed)
+        .where(c.seq.in_([row.seq for row in found]), c.status == DeliveryStatus.FAILED)
         .values(
             status=DeliveryStatus.PENDING,
             attempts=0,

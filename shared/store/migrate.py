@@ -36,8 +36,12 @@ class Migrations:
         return f"{self.name}_version"
 
     def newest(self) -> str:
-        """Return the newest version: the number that its file's name begins with."""
-        return max(file.name.split("_")[0] for file in self.versions.glob("[0-9]*_*.py"))
+        """Return the newest version: the number that its file's name begins with.
+
+        Empty where there are no migrations: somebody else makes those tables.
+        """
+        files = self.versions.glob("[0-9]*_*.py")
+        return max((file.name.split("_")[0] for file in files), default="")
 
     def current(self, connection: Connection) -> str | None:
         """Return the version that the database is at; ``None`` before the first."""
@@ -71,7 +75,7 @@ def missing(engine: Engine, migrations: Migrations) -> str | None:
     """
     with engine.connect() as connection:
         current = migrations.current(connection)
-    if current is not None and current >= migrations.newest():
+    if (current or "") >= migrations.newest():
         return None
     state = "are missing" if current is None else f"are at version {current}"
     return f"the tables of {migrations.name} {state}: run queuectl db upgrade"
@@ -84,7 +88,7 @@ def upgrade(engine: Engine, migrations: Migrations) -> str | None:
         current = migrations.current(connection)
         connection.rollback()
         # a database from a newer release is left alone: its tables still fit
-        if current is not None and current >= newest:
+        if (current or "") >= newest:
             return None
         _run(connection, migrations)
         connection.commit()

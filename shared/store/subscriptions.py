@@ -12,7 +12,7 @@ from sqlalchemy import and_, bindparam, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from shared.database import Transaction
-from shared.lifecycle import DeliveryStatus
+from shared.lifecycle import WAITING, DeliveryStatus
 from shared.statements import Prepared
 from shared.store.summary import lock, refresh
 from shared.tables import deliveries, subscriptions
@@ -70,13 +70,13 @@ def sign(tx: Transaction, subscription_ids: Sequence[int]) -> None:
 
 
 def retire(tx: Transaction, subscription_ids: Sequence[int]) -> None:
-    """End subscriptions: no further events for them, and what waits is discarded."""
+    """End subscriptions: no further events for them, and what is open is discarded."""
     tx.connection.execute(
         update(subscriptions)
         .where(subscriptions.c.id.in_(subscription_ids), subscriptions.c.retired_at.is_(None))
         .values(retired_at=tx.now)
     )
-    refresh(tx, _discard_waiting(tx, subscription_ids))
+    refresh(tx, _discard_open(tx, subscription_ids))
 
 
 def retire_forgotten(tx: Transaction) -> None:
@@ -93,17 +93,22 @@ def retire_forgotten(tx: Transaction) -> None:
         retire(tx, ids)
 
 
-def _discard_waiting(tx: Transaction, subscription_ids: Sequence[int]) -> set[str]:
+def _discard_open(tx: Transaction, subscription_ids: Sequence[int]) -> set[str]:
     its = deliveries.c.subscription_id.in_(subscription_ids)
-    waiting = deliveries.c.status.in_([DeliveryStatus.PENDING, DeliveryStatus.RETRY])
-    found = tx.connection.execute(select(deliveries.c.message_id).where(its, waiting))
+    # what an instance was handling when it was killed nobody else may take over
+    is_open = deliveries.c.status.in_([*WAITING, DeliveryStatus.PROCESSING])
+    found = tx.connection.execute(select(deliveries.c.message_id).where(its, is_open))
     touched = set(found.scalars())
     lock(tx, touched)
     tx.connection.execute(
         update(deliveries)
-        .where(its, waiting)
+        .where(its, is_open)
         .values(
-            status=DeliveryStatus.DISCARDED, processed_at=tx.now, ready=False, available_at=None
+            status=DeliveryStatus.DISCARDED,
+            processed_at=tx.now,
+            available_at=None,
+            ready=False,
+            lease_expires_at=None,
         )
     )
     return touched

@@ -92,7 +92,8 @@ class _Commands:
     def reserve(self, count: int) -> list[int]:
         return seqs(self._worker.reserve(count))
 
-    def resume(self, subscription_id: int) -> None:
+    def resume(self, subscription_id: int, after: float) -> None:
+        eventlet.sleep(after)
         self._worker.provider.resume(subscription_id)
 
     def consume(self, batch: int, total: int) -> list[list[int]]:

@@ -52,6 +52,12 @@ def find_program(name: str, package: str) -> str:
     pytest.skip(reason)
 
 
+def mortal() -> list[str]:
+    """Return what before a command makes it end with this process, should that be killed."""
+    found = shutil.which("setpriv")
+    return [found, "--pdeathsig", "KILL"] if found else []
+
+
 class Server(ABC):
     """A server as a child process, which can be stopped, killed and started again."""
 
@@ -78,7 +84,10 @@ class Server(ABC):
         """Start it, and return once it answers."""
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                self.command(), stdout=output, stderr=output, stdin=subprocess.DEVNULL
+                [*mortal(), *self.command()],
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
             )
         wait_until(
             self._is_up, START_SECONDS, lambda: f"the server to answer: {self._last_words()}"

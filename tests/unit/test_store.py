@@ -968,9 +968,9 @@ class TestSummary:
         on_mariadb.start(ours, theirs)
         with on_mariadb.database.transaction() as tx:
             attempts.record(tx, [Outcome(ours, COMPLETED)])
+            refresh(tx, [ours.delivery.message.id])
             other = Meanwhile(on_mariadb, lambda each: each.record(Outcome(theirs, COMPLETED)))
             other.until_blocked()
-            refresh(tx, [ours.delivery.message.id])
         assert len(other.result()[0]) == 1
         assert on_mariadb.message(ours.delivery.message.id).status == "completed"
 
@@ -1032,7 +1032,7 @@ class TestRegister:
 
 
 class TestRetire:
-    def test_discards_what_waits(self, store: Log) -> None:
+    def test_discards_what_is_open(self, store: Log) -> None:
         ours, theirs = store.subscribe(), store.subscribe(subscriber="other.note")
         waiting, retried, running, done = (store.append(event()) for _ in range(4))
         store.attempt(retried[0], RETRY, delay=60)
@@ -1040,20 +1040,26 @@ class TestRetire:
         store.attempt(done[0], COMPLETED)
         store.do(subscriptions.retire, [ours.id])
         found = [store.delivery(each[0].seq) for each in (waiting, retried, running, done)]
-        assert [row.status for row in found] == [
-            "discarded",
-            "discarded",
-            "processing",
-            "completed",
-        ]
-        assert all(row.processed_at for row in found[:2])
-        assert not any(row.ready or row.available_at for row in found)
+        assert [row.status for row in found] == ["discarded"] * 3 + ["completed"]
+        assert all(row.processed_at for row in found)
+        assert not any(row.ready or row.available_at or row.lease_expires_at for row in found)
         # what others have to do with it is left alone
         assert {store.delivery(each[1].seq).status for each in (waiting, retried)} == {"pending"}
         assert store.message(waiting[0].message.id).status == "pending"
         store.attempt(waiting[1], COMPLETED)
         assert store.message(waiting[0].message.id).status == "completed"
         assert [each.subscription_id for each in store.append(event())] == [theirs.id]
+
+    def test_what_failed_for_it_is_not_retried(self, store: Log) -> None:
+        ours, _ = store.subscribe(), store.subscribe(subscriber="other.note")
+        first, second = store.append(event())
+        store.attempt(first, FAILED)
+        store.do(subscriptions.retire, [ours.id])
+        with pytest.raises(NothingToRetryError):
+            store.do(log.retry_failed, first.message.id)
+        store.attempt(second, FAILED)
+        again = store.do(log.retry_failed, first.message.id)
+        assert [each.seq for each in again] == [second.seq]
 
     def test_ends_messages_that_waited_for_it_alone(self, store: Log, delivery: Delivery) -> None:
         store.do(subscriptions.retire, [delivery.subscription_id])
