@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import URL, ColumnElement, Connection, Engine, create_engine, event, func, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
@@ -27,6 +27,12 @@ LOCK_WAIT_SECONDS = 5.0
 TRANSIENT_CODES = frozenset({1205, 1213, 1020, 1062})
 """MySQL and MariaDB: lock wait timeout, deadlock, record changed since it was read, and a
 duplicate: of what somebody else stored since it was looked for."""
+
+
+TRANSIENT_TRIES = 10
+"""How often a transaction is done again that lost a deadlock."""
+
+_T = TypeVar("_T")
 
 
 class CommitUncertainError(StoreUnavailableError):
@@ -182,6 +188,20 @@ class Database:
                 raise StoreUnavailableError(str(exc.orig)) from exc
             raise
         self._commit(tx.connection)
+
+    def run(self, step: Callable[[Transaction], _T], *, durable: bool = True) -> _T:
+        """Return what ``step`` returns, done in a transaction; again if it lost a deadlock.
+
+        :raises StoreUnavailableError: as :meth:`transaction`.
+        """
+        for _ in range(TRANSIENT_TRIES):
+            try:
+                with self.transaction(durable=durable) as tx:
+                    return step(tx)
+            except SQLAlchemyError as exc:
+                if not is_transient(exc):
+                    raise
+        raise StoreUnavailableError(f"lost {TRANSIENT_TRIES} deadlocks in turn")
 
     def ping(self) -> bool:
         """Say whether the database answers. Never raises."""

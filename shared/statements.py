@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import namedtuple
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Dialect
@@ -21,6 +21,10 @@ Processor = Callable[[Any], Any]
 
 _EXPANDING = re.compile(r"__\[POSTCOMPILE_(\w+)\]")
 """Where SQLAlchemy leaves room for the values of an ``IN``."""
+
+
+MOST_VALUES = 10_000
+"""Values of one ``IN``; SQLite takes 32,766 parameters unless it was built for more."""
 
 
 class Prepared:
@@ -39,17 +43,21 @@ class Prepared:
     def fetch(self, tx: Transaction, values: Mapping[str, Any]) -> list[Any]:
         """Execute a SELECT; return its rows, as named tuples."""
         compiled = self._for(tx.connection.dialect)
-        cursor = compiled.execute(tx.connection, values)
-        try:
-            return compiled.rows(cursor.fetchall())
-        finally:
+        rows: list[Any] = []
+        for part in compiled.parts(values):
+            cursor = compiled.execute(tx.connection, part)
+            rows += compiled.rows(cursor.fetchall())
             cursor.close()
+        return rows
 
     def change(self, tx: Transaction, values: Mapping[str, Any]) -> int:
         """Execute an INSERT or UPDATE; return how many rows matched."""
-        cursor = self._for(tx.connection.dialect).execute(tx.connection, values)
-        count: int = cursor.rowcount
-        cursor.close()
+        compiled = self._for(tx.connection.dialect)
+        count = 0
+        for part in compiled.parts(values):
+            cursor = compiled.execute(tx.connection, part)
+            count += cursor.rowcount
+            cursor.close()
         return count
 
     def change_many(self, tx: Transaction, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -92,6 +100,16 @@ class _Compiled:
             for place, column in enumerate(selected)
             if (processor := _result_processor(column.type, dialect)) is not None
         ]
+
+    def parts(self, values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """Yield the values in parts that a database takes, where one is a long sequence."""
+        long = [name for name in self._expanding if len(values[name]) > MOST_VALUES]
+        if not long:
+            yield values
+            return
+        (name,) = long
+        for start in range(0, len(values[name]), MOST_VALUES):
+            yield {**values, name: values[name][start : start + MOST_VALUES]}
 
     def execute(self, connection: Connection, values: Mapping[str, Any]) -> Any:
         sql, parameters = self._sql, self._parameters(values)

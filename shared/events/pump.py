@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -23,7 +24,6 @@ from shared.database import (
     Database,
     Transaction,
     database_url,
-    is_transient,
     worker_name,
 )
 from shared.errors import (
@@ -52,9 +52,6 @@ RECONNECT_SECONDS = 0.5
 
 UNCERTAIN_SECONDS = 10.0
 """How long the fate of a COMMIT is looked for before the caller is told that it is unknown."""
-
-TRANSIENT_TRIES = 10
-"""How often a transaction is done again that lost a deadlock."""
 
 
 @dataclass(slots=True)
@@ -270,8 +267,7 @@ class Pump:
             raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
 
     def _consume(self, wanted: Consume) -> None:
-        with self._database.transaction() as tx:
-            mine = subscriptions.register(tx, wanted.subscriptions)
+        mine = self._database.run(lambda tx: subscriptions.register(tx, wanted.subscriptions))
         self._provider.declare(mine)
         self._mine, self._workers = mine, wanted.workers
         self._sign_at = monotonic() + SIGN_SECONDS
@@ -325,16 +321,12 @@ class Pump:
             self._in_transaction(turn, self._begin, self._refresh)
 
     def _in_transaction(self, turn: Turn, *steps: Callable[[Transaction, Turn], None]) -> None:
-        for left in reversed(range(TRANSIENT_TRIES)):
-            try:
-                # an outcome lost to a power failure is a delivery that comes again
-                with self._database.transaction(durable=bool(turn.appends)) as tx:
-                    for step in steps:
-                        step(tx, turn)
-                return
-            except SQLAlchemyError as exc:
-                if not is_transient(exc) or not left:
-                    raise
+        def all_steps(tx: Transaction) -> None:
+            for step in steps:
+                step(tx, turn)
+
+        # an outcome lost to a power failure is a delivery that comes again
+        self._database.run(all_steps, durable=bool(turn.appends))
 
     def _store(self, tx: Transaction, turn: Turn) -> None:
         turn.new, turn.settlements, turn.refused, turn.touched = [], [], [], set()
@@ -401,23 +393,20 @@ class Pump:
             self._renew()
         if self._mine and now >= self._sign_at:
             self._sign_at = now + SIGN_SECONDS
-            with self._database.transaction() as tx:
-                subscriptions.sign(tx, [subscription.id for subscription in self._mine])
-                subscriptions.retire_forgotten(tx)
+            self._database.run(self._sign, durable=False)
+
+    def _sign(self, tx: Transaction) -> None:
+        subscriptions.sign(tx, [subscription.id for subscription in self._mine])
+        subscriptions.retire_forgotten(tx)
 
     def _renew(self) -> None:
-        with self._transaction_of_provider() as tx:
-            lost = self._provider.extend(list(self._active.values()), tx)
+        leases = list(self._active.values())
+        if self._provider.capabilities.joins_log:
+            lost = self._database.run(lambda tx: self._provider.extend(leases, tx), durable=False)
+        else:
+            lost = self._provider.extend(leases)
         for lease in lost:
             self._say(logging.WARNING, "lease lost message_id=%s", lease.delivery.message.id)
-
-    @contextlib.contextmanager
-    def _transaction_of_provider(self) -> Iterator[Transaction | None]:
-        if not self._provider.capabilities.joins_log:
-            yield None
-            return
-        with self._database.transaction() as tx:
-            yield tx
 
     # --- trouble
 
@@ -466,10 +455,7 @@ class Pump:
 
     def _call(self, call: Call) -> None:
         try:
-            with self._database.transaction() as tx:
-                value, new = call.function(tx)
-                if new and self._provider.capabilities.joins_log:
-                    self._provider.publish(new, tx)
+            value, new = self._database.run(partial(self._call_and_publish, call))
             if new and not self._provider.capabilities.joins_log:
                 self._provider.publish(new)
             if new:
@@ -478,6 +464,12 @@ class Pump:
             self._mailbox.answer(call.promise.reject, exc)
         else:
             self._mailbox.answer(call.promise.resolve, value)
+
+    def _call_and_publish(self, call: Call, tx: Transaction) -> tuple[Any, list[Delivery]]:
+        value, new = call.function(tx)
+        if new and self._provider.capabilities.joins_log:
+            self._provider.publish(new, tx)
+        return value, new
 
     # --- the end
 
@@ -494,8 +486,7 @@ class Pump:
             self._connect()
             self._do(turn)
             if own:
-                with self._database.transaction() as tx:
-                    subscriptions.retire(tx, own)
+                self._database.run(lambda tx: subscriptions.retire(tx, own))
         self._active = {}
 
     def _die(self, turn: Turn) -> None:

@@ -33,9 +33,10 @@ from sqlalchemy import (
     true,
     update,
 )
+from sqlalchemy.exc import SQLAlchemyError
 
 from shared.database import Database, Transaction, database_url
-from shared.errors import ProviderUnavailableError, StoreUnavailableError
+from shared.errors import ProviderError, ProviderUnavailableError, StoreUnavailableError
 from shared.lifecycle import WAITING, DeliveryStatus
 from shared.native import select as wait_readable
 from shared.native import sleep, socket
@@ -192,6 +193,8 @@ class EmbeddedProvider(QueueProvider):
                 yield own
         except StoreUnavailableError as exc:
             raise ProviderUnavailableError(str(exc)) from exc
+        except SQLAlchemyError as exc:
+            raise ProviderError(str(getattr(exc, "orig", None) or exc)) from exc
 
 
 _SEQS: BindParameter[Any] = bindparam("seqs", expanding=True)
