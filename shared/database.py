@@ -141,7 +141,8 @@ def _begin_immediate(connection: Connection, sleep: Sleep) -> None:
             waited = time.monotonic() - start
             if "locked" not in str(exc) or waited > LOCK_WAIT_SECONDS:
                 raise OperationalError("BEGIN IMMEDIATE", None, exc) from exc
-        pause = min(max(waited / 20, 0.0001), 0.005)
+        # 0 only lets others run: a transaction is mostly over before a sleep would be
+        pause = 0.0 if waited < 0.0005 else min(waited / 10, 0.005)
         sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - guards no secret
 
 
@@ -159,6 +160,7 @@ class Database:
         self._engine = make_engine(url, sleep)
         self._connection: Connection | None = None
         self._is_durable = True
+        self._file: tuple[int, int] | None = None
 
     @property
     def is_sqlite(self) -> bool:
@@ -233,6 +235,9 @@ class Database:
             self._set_durable(connection, durable)
             connection.begin()
             return Transaction(connection, utc_now(connection))
+        except StoreUnavailableError:
+            self.drop_connection()
+            raise
         except SQLAlchemyError as exc:
             self.drop_connection()
             # the server was restarted meanwhile, or ended what it took to be idle
@@ -244,7 +249,22 @@ class Database:
         if self._connection is None or self._connection.closed:
             self._connection = self._engine.connect()
             self._is_durable = True
+            self._file = self._file_now()
+        elif self._file != self._file_now():
+            # what is stored in a file without a name is gone when this process is
+            raise StoreUnavailableError(f"{self._engine.url.database} was removed or replaced")
         return self._connection
+
+    def _file_now(self) -> tuple[int, int] | None:
+        """Return what tells the database's file from another of the same name."""
+        path = self._engine.url.database
+        if not self.is_sqlite or path is None:
+            return None
+        try:
+            found = os.stat(path)  # noqa: PTH116 - at each transaction
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     def _set_durable(self, connection: Connection, durable: bool) -> None:
         if self.is_sqlite and durable != self._is_durable:

@@ -14,6 +14,7 @@
     │   ├── UnsupportedByProviderError
     │   └── LeaseLostError         a lease was taken over
     ├── HandlerTimeoutError        a handler ran longer than it may
+    ├── HandlerAbortedError        a handler ended by what is no ordinary exception
     ├── Reject                     a handler: never try this again
     └── Retry                      a handler: try this again, later
 
@@ -25,6 +26,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+LONGEST_DELAY_SECONDS = 366 * 86_400
+"""A year; what is further off has a date, hence ``scheduled_at``."""
 
 
 class QueueError(Exception):
@@ -100,6 +104,13 @@ class HandlerTimeoutError(QueueError):
     """Raised in a handler that ran longer than its ``timeout``."""
 
 
+class HandlerAbortedError(QueueError):
+    """Raised when a handler raised what is no ``Exception``: SystemExit, eventlet's Timeout.
+
+    nameko does not see those, and the delivery would stay in hand for ever.
+    """
+
+
 class Reject(QueueError):  # noqa: N818 - named for what a handler asks for
     """Raised when a handler knows that a message can never succeed.
 
@@ -110,11 +121,12 @@ class Reject(QueueError):  # noqa: N818 - named for what a handler asks for
 class Retry(QueueError):  # noqa: N818 - named for what a handler asks for
     """Raised when a handler wants another attempt at a time of its own choice.
 
-    :param after: seconds until the next attempt; ``None`` leaves it to the backoff.
+    :param after: seconds until the next attempt, at most a year; ``None`` leaves it to
+        the backoff.
     """
 
     def __init__(self, reason: str = "", *, after: float | None = None) -> None:
-        if after is not None and after < 0:
-            raise ValueError("after: must be 0 or more seconds")
+        if after is not None and not 0 <= after <= LONGEST_DELAY_SECONDS:
+            raise ValueError(f"after: must be 0 to {LONGEST_DELAY_SECONDS} seconds")
         self.after = after
         super().__init__(reason or "the handler asked for another attempt")

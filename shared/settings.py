@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import MappingProxyType
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -160,7 +161,7 @@ def _provider(value: Any) -> str:
         raise EnvError(wanted)
     try:
         getattr(import_module(match[1]), match[2])
-    except (ImportError, AttributeError, TypeError, ValueError) as exc:
+    except Exception as exc:  # whatever its import may raise
         raise EnvError(f"{wanted}; {exc}") from exc
     return name
 
@@ -229,9 +230,7 @@ def load_settings(config: Mapping[str, Any] | None = None) -> Settings:
     :param config: nameko's configuration; the environment goes before it.
     :raises SettingsError: with one line for the first value that may not be.
     """
-    # nothing unhashable of nameko's own configuration is a setting of ours
-    plain = {k: v for k, v in (config or {}).items() if isinstance(v, str | int | float | None)}
-    return _Reader(plain).read()
+    return _Reader(config or {}).read()
 
 
 class _Reader:
@@ -333,9 +332,27 @@ def settings_or_exit(config: Mapping[str, Any]) -> Settings:
     nameko's own way to refuse a configuration ends with status 0.
     """
     try:
-        return load_settings(config)
+        settings = load_settings(config)
+        check_data_dir(settings)
     except SettingsError as exc:
         refuse_start(exc)
+    return settings
+
+
+def check_data_dir(settings: Settings) -> None:
+    """Make the data folder, where it is needed and not there yet.
+
+    :raises SettingsError: when it cannot be made, or not be written.
+    """
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=settings.data_dir):
+            pass
+    except OSError as exc:
+        said = f"{settings.data_dir}: {exc.strerror}"
+        raise SettingsError(
+            f"QUEUE_DATA_DIR: must be a folder that can be written; {said}"
+        ) from exc
 
 
 def refuse_start(reason: object) -> NoReturn:

@@ -10,7 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from shared.database import database_url, make_engine
 from shared.errors import SettingsError
-from shared.settings import Settings, load_settings
+from shared.settings import Settings, check_data_dir, load_settings
 from shared.store.migrate import LOG, Migrations, all_migrations, upgrade
 
 
@@ -32,6 +32,7 @@ def main(context: click.Context) -> None:
     """
     try:
         context.obj = load_settings()
+        check_data_dir(context.obj)
     except SettingsError as exc:
         raise _WrongSetting(str(exc)) from exc
 

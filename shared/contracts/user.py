@@ -14,7 +14,9 @@ ADDRESS = r"[^@\s\x00-\x1f\x7f-\x9f]{1,190}@[^@\s\x00-\x1f\x7f-\x9f]{1,190}"
 _ID = validate.Length(1, 100)
 _NAME = validate.And(
     validate.Length(1, 100),
-    validate.Regexp(r"[^\x00-\x1f\x7f-\x9f]*\Z", error="Must not contain control characters."),
+    validate.Regexp(
+        r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z", error="Must not contain control characters."
+    ),
 )
 
 

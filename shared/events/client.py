@@ -13,10 +13,12 @@ from eventlet.queue import LightQueue
 from nameko.extensions import SharedExtension
 
 from shared.database import Transaction, database_url
+from shared.errors import SettingsError
 from shared.events.pump import Append, Call, Check, Consume, Finish, Pump, StopConsuming
 from shared.lifecycle import DeliveryStatus
 from shared.native import Mailbox, Promise, Thread
-from shared.settings import Settings, settings_or_exit
+from shared.providers import provider_class
+from shared.settings import Settings, refuse_start, settings_or_exit
 from shared.types import Delivery, Envelope, Failure, Lease, Outcome, Subscription
 
 if TYPE_CHECKING:
@@ -46,13 +48,17 @@ class QueueClient(SharedExtension):
         # filled by the set-ups of the handlers, which run in no order
         self._handlers: list[EventHandler] = []
         self._by_subscription: dict[int, EventHandler] = {}
-        self._is_stopping = False
+        self.is_stopping = False
         self._is_stopped = False
 
     def bind(self, container: Any) -> Any:
         instance = super().bind(container)
         # read while the container is made: the process can still end with a status
         instance.settings = settings_or_exit(container.config)
+        try:
+            provider_class(instance.settings)
+        except SettingsError as exc:
+            refuse_start(exc)
         return instance
 
     def setup(self) -> None:
@@ -71,7 +77,9 @@ class QueueClient(SharedExtension):
         self._consume()
 
     def stop(self) -> None:
-        if self._is_stopped:  # a second signal stops everything once more
+        if self._is_stopped:
+            # a second signal stops everything once more, and must not end it sooner
+            self._thread.join(FINISH_SECONDS)
             return
         self._is_stopped = True
         self._mailbox.send(Finish())
@@ -92,8 +100,8 @@ class QueueClient(SharedExtension):
 
     def unregister_provider(self, _handler: EventHandler) -> None:
         """Stop reserving; what runs may finish within the grace time."""
-        if not self._is_stopping:
-            self._is_stopping = True
+        if not self.is_stopping:
+            self.is_stopping = True
             self._mailbox.send(StopConsuming())
             eventlet.spawn_after(self.settings.grace, self._release_running)
         self._release_unstarted()
@@ -167,7 +175,7 @@ class QueueClient(SharedExtension):
     def _hand_out(self) -> None:
         while True:
             lease = self._inbox.get()
-            if self._is_stopping:
+            if self.is_stopping:
                 self._release(lease)
             else:
                 self._by_subscription[lease.delivery.subscription_id].handle(lease)

@@ -12,7 +12,7 @@ from typing import Any
 from nameko.extensions import DependencyProvider
 
 from shared.contracts import DEFAULT_VERSION, contracts
-from shared.errors import DispatchError, PayloadError
+from shared.errors import LONGEST_DELAY_SECONDS, DispatchError, PayloadError
 from shared.events.client import QueueClient
 from shared.events.relay import Relay
 from shared.settings import Settings, refuse_start
@@ -29,9 +29,6 @@ from shared.types import (
 )
 
 _log = logging.getLogger(__name__)
-
-LONGEST_DELAY_SECONDS = 366 * 86_400
-"""A year; what is further off has a date, hence ``scheduled_at``."""
 
 
 def make_envelope(

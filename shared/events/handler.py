@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import eventlet
+from greenlet import GreenletExit
 from nameko.events import BROADCAST, SERVICE_POOL, SINGLETON
 from nameko.events import EventHandler as NamekoEventHandler
 from nameko.exceptions import ContainerBeingKilled
 
 from shared.contracts import contracts
-from shared.errors import ContractError, HandlerTimeoutError
+from shared.errors import ContractError, HandlerAbortedError, HandlerTimeoutError
 from shared.events.client import QueueClient
 from shared.events.context import MessageContext
 from shared.events.outcome import ExcInfo, RetryPolicy, broken, decide, settle
@@ -86,6 +87,9 @@ class EventHandler(NamekoEventHandler):
     def stop(self) -> None:
         self.queue_consumer.unregister_provider(self)
 
+    def kill(self) -> None:
+        self.queue_consumer.unregister_provider(self)
+
     # --- one delivery
 
     def handle(self, lease: Lease) -> None:
@@ -138,6 +142,16 @@ class EventHandler(NamekoEventHandler):
     # --- within
 
     def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._run_in_time(method, *args, **kwargs)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            if isinstance(exc, GreenletExit) and self.queue_consumer.is_stopping:
+                raise  # the grace time is over, and the delivery handed back
+            raise HandlerAbortedError(f"the handler raised {exc!r}") from exc
+
+    def _run_in_time(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.timeout is None:
             return method(*args, **kwargs)
         error = HandlerTimeoutError(f"the handler ran longer than {self.timeout} s")

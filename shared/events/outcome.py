@@ -17,12 +17,6 @@ _log = logging.getLogger(__name__)
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
-TRACEBACK_LENGTH = 20_000
-"""Characters of a traceback that are kept: its end, where the error is."""
-
-MESSAGE_LENGTH = 10_000
-"""Characters of an error that are kept; MySQL's TEXT holds 65,535 bytes."""
-
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
@@ -60,13 +54,14 @@ def failure_of(exc_info: ExcInfo) -> Failure:
     """Describe an exception as text to be stored."""
     kind, error, _ = exc_info
     text = "".join(traceback.format_exception(*exc_info))
-    message = str(error)[:MESSAGE_LENGTH] or kind.__name__
-    return Failure(kind.__name__, _storable(message), _storable(text[-TRACEBACK_LENGTH:]))
+    return Failure(kind.__name__, _text_of(error) or kind.__name__, text)
 
 
-def _storable(text: str) -> str:
-    # a handler's error may quote what is half a character, which no database takes
-    return text.encode("utf-8", "replace").decode()
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as exc:
+        return f"an error whose text cannot be had: {type(exc).__name__}"
 
 
 def settle(outcome: Outcome, end: Callable[[Outcome], Any], subscriber: str) -> None:

@@ -136,7 +136,8 @@ class Pump:
         self._database = Database(database_url(settings), sleep)
         self._provider: QueueProvider = make_provider(settings)
         self._worker = worker_name()
-        self._wanted: Consume | None = None
+        self._consuming: Consume | None = None
+        self._is_registered = False
         self._mine: list[Subscription] = []
         self._workers = 0
         self._active: dict[int, Lease] = {}
@@ -195,7 +196,7 @@ class Pump:
 
     def _is_behind(self) -> bool:
         """Whether something waits for a connection."""
-        return bool(self._unsaved or ((self._mine or self._wanted) and not self._connected))
+        return bool(self._unsaved or (self._consuming and not self._connected))
 
     def _room(self) -> int:
         return self._workers - len(self._active) if self._mine else 0
@@ -238,7 +239,7 @@ class Pump:
                 is_up = self._connected and self._provider.health_check()
                 self._mailbox.answer(command.promise.resolve, is_up)
             case Consume():
-                self._wanted = command
+                self._consuming, self._workers = command, command.workers
             case StopConsuming():
                 self._workers = 0
             case Finish():
@@ -252,9 +253,9 @@ class Pump:
             if self._trouble is not None:
                 self._say(logging.WARNING, "log and provider are reachable again")
                 self._trouble = None
-        if self._wanted is not None:
-            self._consume(self._wanted)
-            self._wanted = None
+        # again after each interruption: it may be another database by now
+        if self._consuming is not None and not self._is_registered:
+            self._register(self._consuming)
 
     def _prepare_tables(self) -> None:
         engine = self._database.engine
@@ -266,29 +267,26 @@ class Pump:
         except (SQLAlchemyError, OSError) as exc:
             raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
 
-    def _consume(self, wanted: Consume) -> None:
+    def _register(self, wanted: Consume) -> None:
         mine = self._database.run(lambda tx: subscriptions.register(tx, wanted.subscriptions))
         self._provider.declare(mine)
-        self._mine, self._workers = mine, wanted.workers
+        self._mine, self._is_registered = mine, True
         self._sign_at = monotonic() + SIGN_SECONDS
         self._may_have_more = True
         self._mailbox.answer(wanted.on_registered, mine)
 
     def _do_together_or_singly(self, turn: Turn) -> None:
-        """Do a turn; when its events cannot be stored together, find out which cannot."""
+        """Do a turn; when not all of it can be stored together, find out what cannot."""
         try:
             self._do(turn)
         except QueueError:
             raise
         except Exception as exc:
-            if not turn.appends:
-                raise
-            self._do(Turn(outcomes=turn.outcomes))
-            turn.outcomes = []
-            self._say(logging.ERROR, "events could not be stored together: %s", exc)
-            self._store_singly(turn.appends)
+            self._say(logging.ERROR, "could not be stored together: %s", exc)
+            self._store_appends_singly(turn.appends)
+            self._store_outcomes_singly(turn.outcomes)
 
-    def _store_singly(self, appends: list[Append]) -> None:
+    def _store_appends_singly(self, appends: list[Append]) -> None:
         while appends:
             try:
                 self._do(Turn(appends=appends[:1]))
@@ -298,6 +296,18 @@ class Pump:
                 error = DispatchError(f"nothing was stored: {exc}")
                 self._mailbox.answer(appends[0].promise.reject, error)
             del appends[0]
+
+    def _store_outcomes_singly(self, outcomes: list[Outcome]) -> None:
+        while outcomes:
+            try:
+                self._do(Turn(outcomes=outcomes[:1]))
+            except QueueError:
+                raise
+            except Exception as exc:
+                why = Failure(type(exc).__name__, f"the outcome could not be stored: {exc}")
+                dead = Outcome(outcomes[0].lease, DeliveryStatus.FAILED, why)
+                self._do(Turn(outcomes=[dead]))
+            del outcomes[0]
 
     def _do(self, turn: Turn) -> None:
         if not turn.appends and not turn.outcomes and self._room() <= 0:
@@ -414,7 +424,8 @@ class Pump:
         """Tell who dispatches that nothing was stored; keep outcomes until they are."""
         if self._connected or self._trouble is None:
             self._say(logging.ERROR, "log or provider unreachable: %s", exc)
-        self._connected, self._trouble = False, str(exc)
+        self._connected = self._is_registered = False
+        self._trouble = str(exc)
         self._unsaved = turn.outcomes
         for append in turn.appends:
             error = DispatchError(f"nothing was stored: {exc}")

@@ -2,16 +2,27 @@
 
 from importlib import import_module
 
+from shared.errors import SettingsError
 from shared.providers.base import Capabilities, QueueProvider, SubscriptionStats
 from shared.settings import Settings
 
-__all__ = ["Capabilities", "QueueProvider", "SubscriptionStats", "make_provider"]
+__all__ = ["Capabilities", "QueueProvider", "SubscriptionStats", "make_provider", "provider_class"]
 
 _CLASSES = {"embedded": "shared.providers.embedded:EmbeddedProvider"}
 
 
+def provider_class(settings: Settings) -> type[QueueProvider]:
+    """Return the class of the provider that the settings name.
+
+    :raises SettingsError: when it is none.
+    """
+    module, _, name = _CLASSES.get(settings.provider, settings.provider).partition(":")
+    found = getattr(import_module(module), name)
+    if not (isinstance(found, type) and issubclass(found, QueueProvider)):
+        raise SettingsError(f"QUEUE_PROVIDER: {settings.provider} must be a QueueProvider")
+    return found
+
+
 def make_provider(settings: Settings) -> QueueProvider:
     """Make the provider that the settings name; it connects in ``initialize``."""
-    module, _, name = _CLASSES.get(settings.provider, settings.provider).partition(":")
-    provider: QueueProvider = getattr(import_module(module), name)(settings)
-    return provider
+    return provider_class(settings)(settings)

@@ -69,6 +69,7 @@ class EmbeddedProvider(QueueProvider):
         self._turns = 0
 
     def initialize(self) -> None:
+        self._bell.close()  # its folder may be another by now
         with self._joined(None):  # the database answers
             pass
 

@@ -262,7 +262,8 @@ def _write_history(
             "worker": state.worker,
             "error_type": _storable(failure.type, 255) if failure else None,
             "error_message": _storable(failure.message) if failure else None,
-            "traceback": _storable(failure.traceback) or None if failure else None,
+            # of a long one the end, where the error is
+            "traceback": _storable(failure.traceback[-LONGEST_ERROR:]) or None if failure else None,
         }
         for state, word, failure, retry_at in ended
     ]

@@ -1,0 +1,94 @@
+"""Handlers and surroundings that do what nobody should."""
+
+import os
+import shutil
+import signal
+
+import pytest
+
+from tests.support.processes import NamekoProcess
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.flow
+
+RECORDER = "tests.flow.apps.recorder"
+SABOTEUR = "tests.flow.apps.saboteur"
+
+
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ("eventlet timeout", "HandlerAbortedError"),
+        ("system exit", "HandlerAbortedError"),
+        ("greenlet exit", "HandlerAbortedError"),
+        ("retry never", "ValueError"),
+        ("retry at no time", "ValueError"),
+        ("no text", "NoTextError"),
+        ("half a character", "ValueError"),
+        ("huge text", "ValueError"),
+        ("wrong signature", "TypeError"),
+    ],
+)
+def test_a_handler_that_ends_strangely_is_a_failed_attempt(flow, what, error):
+    worker = flow.run(SABOTEUR)
+    bad = [flow.send("job.given", {"what": what}, max_retries=0) for _ in range(12)]
+    good = flow.send("job.given", {"what": "nothing"})
+
+    for message_id in bad:
+        message = flow.wait_for_status(message_id, "failed", timeout=10)
+        assert message["deliveries"][0]["errorType"] == error
+    flow.wait_for_status(good, "completed", timeout=10)
+    assert worker.process.poll() is None
+
+
+def test_of_a_long_traceback_the_end_is_kept(flow):
+    flow.run(SABOTEUR)
+    message_id = flow.send("job.given", {"what": "long chain"}, max_retries=0)
+
+    message = flow.wait_for_status(message_id, "failed")
+
+    assert message["deliveries"][0]["history"][0]["traceback"].endswith("ValueError: level 99\n")
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_loses_no_outcome(flow, second):
+    worker = flow.run(RECORDER)
+    ids = [flow.send("thing.happened", {"sleep": 1.5}) for _ in range(5)]
+    flow.effects.wait_for(5, handler="first", what="ran")
+
+    os.kill(worker.pid, signal.SIGTERM)
+    wait_until(lambda: "stopping services" in worker.output(), 5, "the first signal")
+    os.kill(worker.pid, second)
+    worker.process.wait(10)
+
+    assert len(flow.effects.all(handler="first", what="done")) == 5
+    assert [flow.message(message_id)["status"] for message_id in ids] == ["completed"] * 5
+
+
+def test_a_database_that_was_removed_is_noticed(flow):
+    worker = flow.run(RECORDER)
+    first = flow.send("thing.happened", {})
+    flow.wait_for_status(first, "completed")
+
+    shutil.rmtree(flow.folder / "var")
+
+    wait_until(lambda: "removed or replaced" in worker.output(), 15, worker.output)
+    wait_until(lambda: worker.output().count("queue ready") == 2, 15, worker.output)
+
+
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "/dev/null/x"])
+def test_a_data_folder_that_cannot_be_written_ends_the_start(tmp_path, folder):
+    process = NamekoProcess(RECORDER, env={"QUEUE_DATA_DIR": folder}, log=tmp_path / "process.log")
+
+    assert process.process.wait(20) == 2
+    (line,) = process.output().strip().splitlines()
+    assert line.startswith("Error: QUEUE_DATA_DIR: must be a folder that can be written")
+
+
+def test_a_provider_that_is_none_ends_the_start(tmp_path):
+    env = {"QUEUE_DATA_DIR": str(tmp_path / "var"), "QUEUE_PROVIDER": "os:path"}
+    process = NamekoProcess(RECORDER, env=env, log=tmp_path / "process.log")
+
+    assert process.process.wait(20) == 2
+    (line,) = process.output().strip().splitlines()
+    assert line == "Error: QUEUE_PROVIDER: os:path must be a QueueProvider"
