@@ -212,7 +212,7 @@ class TestRegisterSchema:
         [
             ("email", "josé@例え.jp"),
             ("email", "o'brien+tag@mail.example"),
-            ("email", "x" * 150 + "@" + "y" * 103),
+            ("email", "x" * 64 + "@" + ".".join(["y" * 62] * 3)),
             ("password", "8 chars!"),
             ("password", "p" * 1024),
             ("password", "\u202e\n\tsecret"),
