@@ -90,6 +90,9 @@ class Settings:
     redis_port: int
     redis_password: str = field(repr=False)
     redis_db: int
+    # it may hold a password
+    redis_url: str = field(repr=False)
+    redis_prefix: str
     rabbitmq_host: str
     rabbitmq_port: int
     rabbitmq_username: str
@@ -210,6 +213,37 @@ def _mail_from(value: Any) -> str:
     return _text(value)
 
 
+_REDIS_HOST = r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?"
+_REDIS_HOSTS = rf"{_REDIS_HOST}(?:,{_REDIS_HOST})*"
+_REDIS_OPTION = r"(?:ssl|sentinel)_\w+=[^&\s]*"
+_REDIS_URL = re.compile(
+    r"rediss?(?:"
+    rf"://(?:[^@/\s]*@)?{_REDIS_HOST}(?:/\d*)?"
+    rf"|\+sentinel://(?:[^@/\s]*@)?{_REDIS_HOSTS}/[A-Za-z0-9_.-]+(?:/\d*)?"
+    rf"|\+cluster://(?:[^@/\s]*@)?{_REDIS_HOSTS}/?"
+    rf")(?:\?{_REDIS_OPTION}(?:&{_REDIS_OPTION})*)?"
+)
+
+
+def _redis_url(value: Any) -> str:
+    text = _text(value)
+    hosts = urlsplit(text).netloc.rpartition("@")[2] if _REDIS_URL.fullmatch(text) else ":0"
+    ports = re.findall(r":(\d+)(?:,|$)", hosts)
+    if text and not all(0 < int(port) <= 65535 for port in ports):
+        raise EnvError(
+            "must be redis://[user:password@]host[:port][/db], rediss://…, "
+            "redis+sentinel://…host,host/service[/db] or redis+cluster://…host,host"
+        )
+    return text
+
+
+def _redis_prefix(value: Any) -> str:
+    # braces would be a hash tag, and decide the node of every queue
+    if not re.fullmatch(r"[A-Za-z0-9._:-]{1,100}", _text(value)):
+        raise EnvError("must be 1 to 100 of A-Z a-z 0-9 . _ : -")
+    return _text(value)
+
+
 def _tokens(value: Any) -> tuple[str, ...]:
     """Tokens separated by commas or lines, or @/path of a file of them."""
     text = _text(value)
@@ -287,6 +321,8 @@ class _Reader:
             redis_port=self.get("REDIS_PORT", 6379, _number(1, 65535)),
             redis_password=self.get("REDIS_PASSWORD", "", _text),
             redis_db=self.get("REDIS_DB", 1, _number(0, 1 << 20)),
+            redis_url=self.get("REDIS_URL", "", _redis_url),
+            redis_prefix=self.get("REDIS_PREFIX", "nameko", _redis_prefix),
             rabbitmq_host=self.get("RABBITMQ_HOST", "127.0.0.1", _needed),
             rabbitmq_port=self.get("RABBITMQ_PORT", 5672, _number(1, 65535)),
             rabbitmq_username=self.get("RABBITMQ_USERNAME", "guest", _needed),

@@ -108,6 +108,7 @@ class Delivery:
     :param subscription_id: the row of ``queue_subscriptions``.
     :param attempts: attempts burnt so far.
     :param delay: seconds from now until it may be reserved.
+    :param token: the newest fencing token that the log knows of; leases begin after it.
     """
 
     seq: int
@@ -115,6 +116,7 @@ class Delivery:
     message: Envelope
     attempts: int = 0
     delay: float = 0.0
+    token: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,12 @@ import pytest  # noqa: E402
 from shared.database import database_url, make_engine  # noqa: E402
 from shared.settings import load_settings  # noqa: E402
 from shared.store.migrate import LOG, upgrade, upgrade_sqlite  # noqa: E402
-from tests.support.servers import MariaDBDatabase, MariaDBServer  # noqa: E402
+from tests.support.servers import (  # noqa: E402
+    MariaDBDatabase,
+    MariaDBServer,
+    RedisCluster,
+    RedisServer,
+)
 
 OURS = ("QUEUE_", "AUTH_EVENTS_", "COMPANY_", "MAIL_", "REDIS_", "RABBITMQ_", "DB_")
 """What the names of our settings begin with."""
@@ -32,6 +37,28 @@ def mariadb_server() -> Iterator[MariaDBServer]:
         yield server
     finally:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """A Redis for all tests of the run; who stops it starts it again."""
+    server = RedisServer(password="p@ss:w/ord?#%'\"")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def redis_cluster() -> Iterator[RedisCluster]:
+    """A cluster of three nodes for all tests of the run."""
+    cluster = RedisCluster()
+    try:
+        cluster.make()
+        yield cluster
+    finally:
+        cluster.close()
 
 
 @pytest.fixture

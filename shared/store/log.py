@@ -161,7 +161,7 @@ def retry_failed(tx: Transaction, message_id: str) -> list[Delivery]:
     c = deliveries.c
     # nobody would ever handle it for a subscription that is retired
     found = tx.connection.execute(
-        select(c.seq, c.subscription_id)
+        select(c.seq, c.subscription_id, c.lease_token)
         .select_from(deliveries.join(subscriptions))
         .where(
             c.message_id == message_id,
@@ -185,4 +185,6 @@ def retry_failed(tx: Transaction, message_id: str) -> list[Delivery]:
     )
     refresh(tx, [message_id])
     envelope = envelope_of(row)
-    return [Delivery(row.seq, row.subscription_id, envelope) for row in found]
+    return [
+        Delivery(row.seq, row.subscription_id, envelope, token=row.lease_token) for row in found
+    ]

@@ -13,6 +13,8 @@ from tests.conformance.process import Process
 LABS = {
     "embedded-sqlite": "tests.conformance.labs:EmbeddedOnSQLite",
     "embedded-mariadb": "tests.conformance.labs:EmbeddedOnMariaDB",
+    "redis": "tests.conformance.labs:OnRedis",
+    "redis-cluster": "tests.conformance.labs:OnRedisCluster",
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from tests.conformance.lab import ProviderLab
-from tests.support.servers import MariaDBServer
+from tests.support.servers import MariaDBServer, RedisCluster, RedisServer
 
 
 class EmbeddedOnSQLite(ProviderLab):
@@ -37,3 +37,36 @@ class EmbeddedOnMariaDB(ProviderLab):
 
     def start_server(self) -> None:
         self.server.start()
+
+
+class OnRedis(ProviderLab):
+    """A Redis of its own beside a message log on SQLite."""
+
+    can_stop = True
+    server: RedisServer | RedisCluster
+    fixture = "redis_server"
+
+    @classmethod
+    def from_fixtures(cls, request: pytest.FixtureRequest) -> ProviderLab:
+        server = request.getfixturevalue(cls.fixture)
+        lab = cls({**request.getfixturevalue("sqlite_log"), **server.environment})
+        lab.server = server
+        return lab
+
+    def options(self) -> Mapping[str, str]:
+        return {"QUEUE_PROVIDER": "shared.providers.redis:RedisProvider"}
+
+    def clear(self) -> None:
+        self.server.empty()
+
+    def stop_server(self) -> None:
+        self.server.stop()
+
+    def start_server(self) -> None:
+        self.server.start()
+
+
+class OnRedisCluster(OnRedis):
+    """Three nodes, named by REDIS_URL."""
+
+    fixture = "redis_cluster"

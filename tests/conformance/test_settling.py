@@ -104,6 +104,20 @@ class TestFencing:
         assert other.acknowledge(*held[:4]) == []
         assert worker.reserve() == []
 
+    def test_who_lost_a_lease_has_lost_it_before_another_has_it(
+        self, worker: Worker, other: Worker
+    ) -> None:
+        """Given two leases that ran out, and somebody else who had room for one of them."""
+        worker.dispatch("placed", 2)
+        first, second = worker.reserve()
+        [held] = other.reserve_within(LEASE_SECONDS + worker.lab.promptly)
+        assert held.delivery.seq == first.delivery.seq
+        # the log may still believe it, since nobody else began; the provider may not
+        late = [Settlement(second, SettleAction.ACKNOWLEDGE)]
+        assert worker.provider.settle(late) == late
+        assert worker.extend(second) == [second]
+        assert seqs(other.reserve()) == seqs([second])
+
     def test_tokens_grow(self, worker: Worker, other: Worker) -> None:
         worker.dispatch("placed")
         tokens = []

@@ -45,6 +45,13 @@ class TestDelay:
         assert seqs(worker.reserve_within(30)) == seqs(early)
         assert seqs(worker.reserve_within(30)) == seqs(late)
 
+    def test_is_heard_of_by_who_waits_already(self, worker: Worker, other: Worker) -> None:
+        assert worker.reserve() == []
+        with elapsed(0.3 - CLOCK_SECONDS, 0.3 + worker.lab.promptly):
+            sent = other.dispatch("placed", delay=0.3)
+            worker.wait(30)
+            assert seqs(worker.reserve_within(30)) == seqs(sent)
+
     def test_survives_its_dispatcher(self, worker: Worker, new_process: NewProcess) -> None:
         process = new_process()
         sent = process.ask("dispatch", "placed", 1, 0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 
 import pymysql
 import pytest
+import redis
 
 from tests.support.waiting import wait_until
 
@@ -231,3 +233,188 @@ class MariaDBServer(Server):
         # it refuses to run as root unless it is told to
         user = ["--user=root"] if os.geteuid() == 0 else []
         return [*user, f"--datadir={self.folder / 'data'}"]
+
+
+class RedisServer(Server):
+    """``redis-server``, which writes what it does to a file and has it again when restarted.
+
+    :param options: further options, such as ``--maxmemory=8mb``.
+    :param password: asked for where it is not empty. It holds whatever has a meaning in a URL.
+    """
+
+    def __init__(self, *options: str, password: str = "", is_durable: bool = True) -> None:
+        self._program = find_program("redis-server", "redis-server")
+        super().__init__()
+        self._options = options
+        self.password = password
+        self._is_durable = is_durable
+
+    def command(self) -> Sequence[str]:
+        # each write reaches the kernel, none the disk: only a power failure loses it
+        durable = ["--appendonly", "yes", "--appendfsync", "no"]
+        password = ["--requirepass", self.password] if self.password else []
+        return [
+            self._program,
+            *("--port", str(self.port)),
+            *("--bind", HOST),
+            *("--dir", str(self.folder)),
+            *("--save", ""),
+            *("--repl-diskless-sync-delay", "0"),
+            *(durable if self._is_durable else []),
+            *password,
+            *self._options,
+        ]
+
+    def answers(self) -> bool:
+        with self.client() as client, contextlib.suppress(redis.RedisError):
+            return bool(client.ping())
+        return False
+
+    def client(self, db: int = 0) -> Any:
+        """Return a client of it."""
+        return redis.Redis(
+            HOST, self.port, db, self.password or None, decode_responses=True, socket_timeout=5
+        )
+
+    def empty(self) -> None:
+        """Delete everything."""
+        with self.client() as client:
+            client.flushall()
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The settings that name it."""
+        return {
+            "REDIS_HOST": HOST,
+            "REDIS_PORT": str(self.port),
+            "REDIS_PASSWORD": self.password,
+        }
+
+
+class RedisCluster:
+    """Three primaries, each with a third of the slots."""
+
+    SLOTS_OF = (range(5461), range(5461, 10922), range(10922, 16384))
+
+    def __init__(self) -> None:
+        # to the port, the nodes add 10,000 for the talk among themselves
+        self.nodes = [
+            RedisServer("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+            for _ in range(3)
+        ]
+
+    def start(self) -> None:
+        """Start the nodes; return once each knows that all slots are served."""
+        for node in self.nodes:
+            node.start()
+        wait_until(self._is_whole, START_SECONDS, lambda: "the cluster to be whole")
+
+    def make(self) -> None:
+        """Start the nodes for the first time, and make a cluster of them."""
+        for number, node in enumerate(self.nodes):
+            node.start()
+            slots = self.SLOTS_OF[number]
+            with node.client() as client:
+                client.execute_command("CLUSTER", "ADDSLOTSRANGE", slots[0], slots[-1])
+                client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+        for node in self.nodes[1:]:
+            with self.nodes[0].client() as client:
+                bus = node._options[-1]
+                client.execute_command("CLUSTER", "MEET", HOST, node.port, bus)
+        wait_until(self._is_whole, START_SECONDS, lambda: "the cluster to be made")
+
+    def stop(self) -> None:
+        """Shut all nodes down."""
+        for node in self.nodes:
+            node.stop()
+
+    def close(self) -> None:
+        """End them, and remove their data."""
+        for node in self.nodes:
+            node.close()
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The settings that name it."""
+        hosts = ",".join(f"{HOST}:{node.port}" for node in self.nodes)
+        return {"REDIS_URL": f"redis+cluster://{hosts}"}
+
+    def empty(self) -> None:
+        """Delete everything."""
+        for node in self.nodes:
+            node.empty()
+
+    def _is_whole(self) -> bool:
+        return all(map(_knows_all, self.nodes))
+
+
+def _knows_all(node: RedisServer) -> bool:
+    with node.client() as client:
+        info = client.execute_command("CLUSTER INFO")
+    return info["cluster_state"] == "ok" and info["cluster_known_nodes"] == "3"
+
+
+class RedisSentinel(Server):
+    """A sentinel that watches a primary and a replica of its own."""
+
+    SERVICE = "orders-redis"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.primary = RedisServer()
+        where = [HOST, str(self.primary.port)]
+        self.replica = RedisServer("--replicaof", *where)
+        (self.folder / "sentinel.conf").write_text(
+            f"port {self.port}\nbind {HOST}\ndir {self.folder}\n"
+            f"sentinel monitor {self.SERVICE} {HOST} {self.primary.port} 1\n"
+            f"sentinel down-after-milliseconds {self.SERVICE} 500\n"
+            f"sentinel failover-timeout {self.SERVICE} 3000\n"
+        )
+
+    def command(self) -> Sequence[str]:
+        program = find_program("redis-server", "redis-server")
+        return [program, str(self.folder / "sentinel.conf"), "--sentinel"]
+
+    def start(self) -> None:
+        """Start all three; return once the sentinel knows the replica."""
+        self.primary.start()
+        self.replica.start()
+        super().start()
+
+    def answers(self) -> bool:
+        with contextlib.suppress(redis.RedisError), self._client() as client:
+            known = client.execute_command("SENTINEL REPLICAS", self.SERVICE)
+            return str(self.replica.port) in str(known)
+        return False
+
+    def fail_over(self) -> None:
+        """Kill the primary, once the replica has what it has; return when that is the new one."""
+        wait_until(self._is_followed, START_SECONDS, lambda: "the replica to follow")
+        self.primary.kill()
+        wait_until(self._is_failed_over, START_SECONDS, lambda: "the replica to take over")
+
+    def close(self) -> None:
+        """End all three."""
+        super().close()
+        self.primary.close()
+        self.replica.close()
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The settings that name it."""
+        return {"REDIS_URL": f"redis+sentinel://{HOST}:{self.port}/{self.SERVICE}/1"}
+
+    def _is_followed(self) -> bool:
+        with self.primary.client() as ours, self.replica.client() as its:
+            follower = its.info("replication")
+            offset = ours.info("replication")["master_repl_offset"]
+        is_up = follower["master_link_status"] == "up"
+        return is_up and bool(follower["slave_repl_offset"] == offset)
+
+    def _is_failed_over(self) -> bool:
+        with self._client() as client:
+            where = client.execute_command("SENTINEL GET-MASTER-ADDR-BY-NAME", self.SERVICE)
+        return str(self.replica.port) in map(str, where)
+
+    def _client(self) -> Any:
+        return redis.Redis(HOST, self.port, decode_responses=True, socket_timeout=5)

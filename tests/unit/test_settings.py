@@ -62,6 +62,8 @@ READ: Mapping[str, Read] = {
     "REDIS_PORT": lambda s: s.redis_port,
     "REDIS_PASSWORD": lambda s: s.redis_password,
     "REDIS_DB": lambda s: s.redis_db,
+    "REDIS_URL": lambda s: s.redis_url,
+    "REDIS_PREFIX": lambda s: s.redis_prefix,
     "RABBITMQ_HOST": lambda s: s.rabbitmq_host,
     "RABBITMQ_PORT": lambda s: s.rabbitmq_port,
     "RABBITMQ_USERNAME": lambda s: s.rabbitmq_username,
@@ -105,6 +107,8 @@ DEFAULTS = {
     "REDIS_PORT": 6379,
     "REDIS_PASSWORD": "",
     "REDIS_DB": 1,
+    "REDIS_URL": "",
+    "REDIS_PREFIX": "nameko",
     "RABBITMQ_HOST": "127.0.0.1",
     "RABBITMQ_PORT": 5672,
     "RABBITMQ_USERNAME": "guest",
@@ -116,6 +120,15 @@ DEFAULTS = {
     "DB_PASSWORD": "",
     "DB_NAME": "queue_service",
 }
+
+REDIS_URLS = [
+    "redis://redis",
+    "redis://:p%40ss@redis:6380/2",
+    "redis://user:p%3A%2F@[::1]:6380",
+    "rediss://redis?ssl_ca_certs=/etc/ssl/redis.pem&ssl_check_hostname=no",
+    "redis+sentinel://:p@a:26379,b/orders-redis/1?sentinel_password=q",
+    "rediss+cluster://user:p@a:6379,b:6379,c/",
+]
 
 GOOD = [
     ("QUEUE_PROVIDER", "shared.providers.embedded:EmbeddedProvider", None),
@@ -150,6 +163,8 @@ GOOD = [
     ("REDIS_PORT", "65535", 65535),
     ("REDIS_PASSWORD", "p@ss", "p@ss"),
     ("REDIS_DB", "0", 0),
+    *(("REDIS_URL", url, url) for url in REDIS_URLS),
+    ("REDIS_PREFIX", "shop:eu", "shop:eu"),
     ("RABBITMQ_HOST", "rabbitmq", "rabbitmq"),
     ("RABBITMQ_PORT", "1", 1),
     ("RABBITMQ_USERNAME", "us", "us"),
@@ -162,6 +177,7 @@ GOOD = [
     ("DB_NAME", "suite", "suite"),
 ]
 
+REDIS = "must be redis://[user:password@]host[:port][/db]"
 WHOLE = "must be a whole number from"
 PAIRS = "must be pairs source=queue, separated by commas"
 MAIL = "must be file:/path, smtp://"
@@ -228,6 +244,20 @@ BAD = [
     ("REDIS_PORT", "65536", f"{WHOLE} 1 to 65535"),
     ("REDIS_DB", "-1", f"{WHOLE} 0 to"),
     ("REDIS_DB", "one", f"{WHOLE} 0 to"),
+    ("REDIS_URL", "redis", REDIS),
+    ("REDIS_URL", "redis://", REDIS),
+    ("REDIS_URL", "http://redis", REDIS),
+    ("REDIS_URL", "unix:///run/redis.sock", REDIS),
+    ("REDIS_URL", "redis://a,b", REDIS),
+    ("REDIS_URL", "redis://redis:port", REDIS),
+    ("REDIS_URL", "redis://redis:65536", REDIS),
+    ("REDIS_URL", "redis://redis/one", REDIS),
+    ("REDIS_URL", "redis://:p@ss/word@redis", REDIS),
+    ("REDIS_URL", "redis://redis?max_connections=5", REDIS),
+    ("REDIS_URL", "redis+sentinel://a,b", REDIS),
+    ("REDIS_URL", "redis+cluster://a,b/1", REDIS),
+    ("REDIS_PREFIX", "", "must be 1 to 100 of"),
+    ("REDIS_PREFIX", "{shop}", "must be 1 to 100 of"),
     ("RABBITMQ_HOST", "", "must not be empty"),
     ("RABBITMQ_PORT", "amqp", f"{WHOLE} 1 to 65535"),
     ("RABBITMQ_USERNAME", "", "must not be empty"),
@@ -245,6 +275,7 @@ SECRETS = {
     "RABBITMQ_PASSWORD": SECRET,
     "DB_PASSWORD": SECRET,
     "MAIL_URL": f"smtp://us:{SECRET}@mail",
+    "REDIS_URL": f"redis://us:{SECRET}@redis",
 }
 
 
@@ -305,9 +336,13 @@ class TestEachVariable:
         assert SECRET not in repr(settings)
         assert SECRET not in repr(settings.database)
 
-    @pytest.mark.parametrize("name", ["QUEUE_ADMIN_TOKENS", "MAIL_URL"])
+    @pytest.mark.parametrize("name", ["QUEUE_ADMIN_TOKENS", "MAIL_URL", "REDIS_URL"])
     def test_is_not_shown_when_it_is_refused(self, name: str) -> None:
-        wrong = {"QUEUE_ADMIN_TOKENS": f"{SECRET},x", "MAIL_URL": f"smtp://us:{SECRET}@mail:x"}
+        wrong = {
+            "QUEUE_ADMIN_TOKENS": f"{SECRET},x",
+            "MAIL_URL": f"smtp://us:{SECRET}@mail:x",
+            "REDIS_URL": f"redis://us:{SECRET}@redis:x",
+        }
         with pytest.raises(SettingsError) as raised:
             load_settings({name: wrong[name]})
         assert SECRET not in str(raised.value)

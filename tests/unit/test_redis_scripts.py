@@ -1,0 +1,39 @@
+"""The scripts of the redis provider, as files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from shared.providers import redis
+
+LUA = Path(redis.__file__).with_name("lua")
+
+SCRIPTS = sorted(LUA.glob("[a-z]*.lua"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+class TestScript:
+    def test_says_what_it_takes_and_returns(self, path: Path) -> None:
+        head = path.read_text().partition("-- @include")[0]
+        assert head.startswith("#!lua")
+        assert re.findall(r"^-- (KEYS|ARGV|Returns) ", head, re.MULTILINE) == [
+            "KEYS",
+            "ARGV",
+            "Returns",
+        ]
+
+    def test_has_what_it_includes(self, path: Path) -> None:
+        source = redis._source(path.stem)
+        assert "@include" not in source
+        assert source.count("local function places(") == 1
+
+    def test_is_used(self, path: Path) -> None:
+        assert f'_script("{path.stem}"' in re.sub(r"\(\s+", "(", Path(redis.__file__).read_text())
+
+
+def test_codes_are_those_of_the_scripts() -> None:
+    found = re.findall(r"^local ([A-Z_]+) = (-\d+)$", (LUA / "_queue.lua").read_text(), re.M)
+    assert {name: int(number) for name, number in found} == dict(redis.Code.__members__)
