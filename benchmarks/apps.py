@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import eventlet
 from nameko.testing.services import dummy
 
 from shared.events import EventDispatcher, event_handler
@@ -35,6 +36,13 @@ class Producer:
     def singly(self, count):
         for _ in range(count):
             self.dispatch("user.registered", REGISTRATION)
+
+    @dummy
+    def at_once(self, count, workers):
+        pool = eventlet.GreenPool(workers)
+        for _ in range(workers):
+            pool.spawn(self.singly, count // workers)
+        pool.waitall()
 
     @dummy
     def steadily(self, count, seconds):

@@ -142,6 +142,10 @@ def measure(bench: Bench) -> int:
     sent, whole = bench.rate("singly", 4000)
     print(f"{'single dispatches, dispatching alone':44} {sent:9.1f} /s")
     met.append(report("single dispatches, end to end", whole, "/s", 800, at_least=True))
+    sent, whole = bench.rate("at_once", 10_000, 10)
+    print(f"{'single dispatches of ten workers, dispatching':44} {sent:9.1f} /s")
+    met.append(report("single dispatches of ten workers, end to end", whole, "/s", 800,
+                      at_least=True))  # fmt: skip
     slow = bench.latencies(1000, 50)
     met.append(report("dispatch to handler at 50/s, median", statistics.median(slow), "ms", 5,
                       at_least=False))  # fmt: skip
