@@ -142,6 +142,9 @@ class Pump:
         self._workers = 0
         self._active: dict[int, Lease] = {}
         self._unsaved: list[Outcome] = []
+        # what a provider with storage of its own was not told yet
+        self._unpublished: list[Delivery] = []
+        self._unsettled: list[Settlement] = []
         self._connected = False
         self._trouble: str | None = None
         self._finishing = False
@@ -196,7 +199,8 @@ class Pump:
 
     def _is_behind(self) -> bool:
         """Whether something waits for a connection."""
-        return bool(self._unsaved or (self._consuming and not self._connected))
+        is_owing = self._unsaved or self._unpublished or self._unsettled
+        return bool(is_owing or (self._consuming and not self._connected))
 
     def _room(self) -> int:
         return self._workers - len(self._active) if self._mine else 0
@@ -282,6 +286,8 @@ class Pump:
         except QueueError:
             raise
         except Exception as exc:
+            if not turn.appends and not turn.outcomes:
+                raise  # it is not what was to be stored that is wrong
             self._say(logging.ERROR, "could not be stored together: %s", exc)
             self._store_appends_singly(turn.appends)
             self._store_outcomes_singly(turn.outcomes)
@@ -310,7 +316,8 @@ class Pump:
             del outcomes[0]
 
     def _do(self, turn: Turn) -> None:
-        if not turn.appends and not turn.outcomes and self._room() <= 0:
+        is_owing = self._unpublished or self._unsettled
+        if not turn.appends and not turn.outcomes and not is_owing and self._room() <= 0:
             return
         try:
             self._pass_on(turn)
@@ -327,7 +334,10 @@ class Pump:
             self._in_transaction(turn, self._store, self._move, self._begin, self._refresh)
         else:
             self._in_transaction(turn, self._store, self._refresh)
+            self._confirm(turn)
+            self._owe(turn)
             self._move(None, turn)
+            self._unpublished, self._unsettled = [], []
             self._in_transaction(turn, self._begin, self._refresh)
 
     def _in_transaction(self, turn: Turn, *steps: Callable[[Transaction, Turn], None]) -> None:
@@ -374,12 +384,22 @@ class Pump:
     def _refresh(self, tx: Transaction, turn: Turn) -> None:
         refresh(tx, turn.touched)
 
-    def _answer(self, turn: Turn) -> None:
-        self._may_have_more = turn.had_settled
+    def _confirm(self, turn: Turn) -> None:
+        """Tell what is stored: it stays so, whatever becomes of the rest of the turn."""
         for append in turn.appends:
             self._mailbox.answer(append.promise.resolve, None)
         for outcome in turn.refused:
             self._say_refused(outcome)
+        turn.appends, turn.outcomes, turn.refused = [], [], []
+
+    def _owe(self, turn: Turn) -> None:
+        """Have the provider told what it missed before, too, and keep it until it was told."""
+        turn.new = self._unpublished = self._unpublished + turn.new
+        turn.settlements = self._unsettled = self._unsettled + turn.settlements
+
+    def _answer(self, turn: Turn) -> None:
+        self._may_have_more = turn.had_settled
+        self._confirm(turn)
         if turn.leases:
             if not self._active:
                 self._renew_at = monotonic() + self._settings.lease / 3
