@@ -153,7 +153,8 @@ class QueueClient(SharedExtension):
             self._say_ready()
             ready.resolve(None)
 
-        self._mailbox.send(Consume(wanted, self.container.max_workers, on_registered))
+        batches = [handler.batch_size or 1 for handler in self._handlers]
+        self._mailbox.send(Consume(wanted, batches, self.container.max_workers, on_registered))
         with eventlet.Timeout(START_SECONDS, False):
             ready.wait()
             return
@@ -191,10 +192,11 @@ class QueueClient(SharedExtension):
     def _release_running(self) -> None:
         """Grace time is over: hand back what still runs, unburnt, and end its workers."""
         for worker_ctx, greenthread in list(self.container._worker_threads.items()):
-            lease = getattr(worker_ctx, "lease", None)
-            if lease is not None:
+            leases = getattr(worker_ctx, "leases", ())
+            for lease in leases:
                 _log.warning("grace time over message_id=%s", lease.delivery.message.id)
                 self._release(lease)
+            if leases:
                 greenthread.kill()
 
     def _chain_signal(self) -> None:

@@ -33,6 +33,8 @@ class Message:
 class MessageContext(DependencyProvider):
     """Injects the :class:`Message` that is being handled; ``None`` in other entrypoints.
 
+    A handler of batches is given a list of them.
+
     Example::
 
         class Greeter:

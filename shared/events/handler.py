@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,9 @@ from shared.types import (
     check_name,
 )
 
+LARGEST_BATCH = 1000
+"""Deliveries of one batch; each is held in memory and under a lease."""
+
 
 class EventHandler(NamekoEventHandler):
     """Handles the events of one type from one service.
@@ -40,6 +43,9 @@ class EventHandler(NamekoEventHandler):
     :param max_retries: retries after the first attempt, 0 to 100; what a dispatch says
         goes before it. ``requeue_on_error`` means no limit.
     :param backoff: the times between attempts.
+    :param batch_size: the handler takes a list of up to so many payloads, in one worker.
+        What it raises, it raises for all of them.
+    :param batch_timeout: seconds that an incomplete batch waits for more.
     :param timeout: seconds after which :class:`~shared.errors.HandlerTimeoutError` is
         raised in the handler, at a point where it waits.
     """
@@ -58,8 +64,14 @@ class EventHandler(NamekoEventHandler):
         max_retries: int | None = None,
         backoff: Backoff | None = None,
         timeout: float | None = None,
+        batch_size: int | None = None,
+        batch_timeout: float = 0.05,
         **kwargs: Any,
     ) -> None:
+        if batch_size is not None and not 1 <= batch_size <= LARGEST_BATCH:
+            raise ValueError(f"batch_size: must be 1 to {LARGEST_BATCH}")
+        if batch_timeout < 0:
+            raise ValueError("batch_timeout: must be 0 or more seconds")
         if max_retries is not None and not 0 <= max_retries <= MAX_RETRIES_LIMIT:
             raise ValueError(f"max_retries: must be 0 to {MAX_RETRIES_LIMIT}")
         if timeout is not None and timeout <= 0:
@@ -67,6 +79,9 @@ class EventHandler(NamekoEventHandler):
         self.max_retries = max_retries
         self.backoff = backoff
         self.timeout = timeout
+        self.batch_size = batch_size
+        self.batch_timeout = batch_timeout
+        self._gathered: list[Lease] = []
         super().__init__(
             source_service, event_type, handler_type, reliable_delivery, requeue_on_error, **kwargs
         )
@@ -86,6 +101,8 @@ class EventHandler(NamekoEventHandler):
 
     def stop(self) -> None:
         self.queue_consumer.unregister_provider(self)
+        while self._gathered:
+            self._hand_back(self._gathered.pop())
 
     def kill(self) -> None:
         self.queue_consumer.unregister_provider(self)
@@ -93,41 +110,29 @@ class EventHandler(NamekoEventHandler):
     # --- one delivery
 
     def handle(self, lease: Lease) -> None:
-        """Run the handler for one delivery, in a worker of the container."""
-        message = lease.delivery.message
-        try:
-            payload = self._read(lease)
-        except ContractError as exc:
-            self._settle(broken(lease, exc))
+        """Run the handler for one delivery, or once its batch is complete."""
+        if self.batch_size is None:
+            self._start([lease])
             return
-        context = message.metadata.get(OWN_METADATA, {}).get("context", {})
-        try:
-            worker_ctx = self.container.spawn_worker(
-                self,
-                (payload,),
-                {},
-                context_data=dict(context),
-                handle_result=partial(self.handle_result, lease),
-            )
-        except ContainerBeingKilled:
-            failure = Failure("Released", "the worker stopped")
-            self._settle(Outcome(lease, DeliveryStatus.PENDING, failure))
-            return
-        # The worker has not begun yet: it does when this greenthread waits.
-        worker_ctx.lease = lease
-        worker_ctx.message_context = MessageContext.of(lease, self.subscription.subscriber)
-        method = getattr(worker_ctx.service, self.method_name)
-        setattr(worker_ctx.service, self.method_name, partial(self._run, method))
+        self._gathered.append(lease)
+        if len(self._gathered) >= self.batch_size:
+            self._start_batch()
+        elif len(self._gathered) == 1:
+            eventlet.spawn_after(self.batch_timeout, self._start_batch)
 
     def handle_result(
         self,
-        message: Lease,
+        message: Sequence[Lease],
         worker_ctx: Any,  # noqa: ARG002 - part of nameko's signature
         result: Any = None,
         exc_info: ExcInfo | None = None,
     ) -> tuple[Any, ExcInfo | None]:
-        """Settle a delivery by what its handler returned or raised; may be overridden."""
-        self._settle(decide(message, self.retry_policy(message), exc_info))
+        """Settle deliveries by what their handler returned or raised; may be overridden.
+
+        :param message: the leases that the handler had: one, or those of its batch.
+        """
+        for lease in message:
+            self._settle(decide(lease, self.retry_policy(lease), exc_info))
         return result, exc_info
 
     def retry_policy(self, lease: Lease) -> RetryPolicy:
@@ -140,6 +145,51 @@ class EventHandler(NamekoEventHandler):
         )
 
     # --- within
+
+    def _start_batch(self) -> None:
+        leases, self._gathered = self._gathered, []
+        if leases:  # else it was completed before its time was over
+            self._start(leases)
+
+    def _start(self, leases: Sequence[Lease]) -> None:
+        """Run the handler in a worker of the container."""
+        read = [(lease, payload) for lease in leases for payload in self._payload(lease)]
+        if not read:
+            return
+        leases, payloads = [lease for lease, _ in read], [payload for _, payload in read]
+        given = payloads if self.batch_size else payloads[0]
+        # a batch has many origins: none of their contexts is that of its worker
+        context = {} if self.batch_size else leases[0].delivery.message.metadata
+        try:
+            worker_ctx = self.container.spawn_worker(
+                self,
+                (given,),
+                {},
+                context_data=dict(context.get(OWN_METADATA, {}).get("context", {})),
+                handle_result=partial(self.handle_result, leases),
+            )
+        except ContainerBeingKilled:
+            for lease in leases:
+                self._hand_back(lease)
+            return
+        # The worker has not begun yet: it does when this greenthread waits.
+        messages = [MessageContext.of(x, self.subscription.subscriber) for x in leases]
+        worker_ctx.leases = leases
+        worker_ctx.message_context = messages if self.batch_size else messages[0]
+        method = getattr(worker_ctx.service, self.method_name)
+        setattr(worker_ctx.service, self.method_name, partial(self._run, method))
+
+    def _payload(self, lease: Lease) -> list[Any]:
+        """Return the payload, or nothing when no attempt could make it succeed."""
+        try:
+            return [self._read(lease)]
+        except ContractError as exc:
+            self._settle(broken(lease, exc))
+            return []
+
+    def _hand_back(self, lease: Lease) -> None:
+        failure = Failure("Released", "the worker stopped")
+        self._settle(Outcome(lease, DeliveryStatus.PENDING, failure))
 
     def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:

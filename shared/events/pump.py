@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,9 +74,13 @@ class Call:
 
 @dataclass(slots=True)
 class Consume:
-    """Consume these subscriptions, with so many workers; tell the hub once they are registered."""
+    """Consume these subscriptions, with so many workers; tell the hub once they are registered.
+
+    ``batches`` says for each how many of its deliveries one worker takes together.
+    """
 
     subscriptions: Sequence[Subscription]
+    batches: Sequence[int]
     workers: int
     on_registered: Callable[[list[Subscription]], None]
 
@@ -139,6 +144,7 @@ class Pump:
         self._consuming: Consume | None = None
         self._is_registered = False
         self._mine: list[Subscription] = []
+        self._batches: dict[int, int] = {}
         self._workers = 0
         self._active: dict[int, Lease] = {}
         self._unsaved: list[Outcome] = []
@@ -203,7 +209,11 @@ class Pump:
         return bool(is_owing or (self._consuming and not self._connected))
 
     def _room(self) -> int:
-        return self._workers - len(self._active) if self._mine else 0
+        """Return how many workers are free."""
+        if not self._mine:
+            return 0
+        busy: Counter[int] = Counter(x.delivery.subscription_id for x in self._active.values())
+        return self._workers - sum(-(-n // self._batches.get(x, 1)) for x, n in busy.items())
 
     # --- one turn
 
@@ -275,6 +285,7 @@ class Pump:
         mine = self._database.run(lambda tx: subscriptions.register(tx, wanted.subscriptions))
         self._provider.declare(mine)
         self._mine, self._is_registered = mine, True
+        self._batches = {x.id: size for x, size in zip(mine, wanted.batches, strict=True)}
         self._sign_at = monotonic() + SIGN_SECONDS
         self._may_have_more = True
         self._mailbox.answer(wanted.on_registered, mine)
@@ -368,8 +379,8 @@ class Pump:
             self._provider.settle(turn.settlements, tx)
         room = self._room()
         if room > 0:
-            limits = {subscription.id: room for subscription in self._mine}
-            turn.leases = self._provider.reserve(limits, room, tx)
+            limits = {x.id: room * self._batches[x.id] for x in self._mine}
+            turn.leases = self._provider.reserve(limits, max(limits.values()), tx)
 
     def _begin(self, tx: Transaction, turn: Turn) -> None:
         if not turn.leases:
