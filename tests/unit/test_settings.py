@@ -348,6 +348,19 @@ class TestEachVariable:
         assert SECRET not in str(raised.value)
 
 
+class TestKinds:
+    """YAML has lists and maps, which no setting is."""
+
+    @pytest.mark.parametrize("value", [[5], {"a": 1}])
+    @pytest.mark.parametrize(
+        "name",
+        ["QUEUE_LEASE_SECONDS", "QUEUE_MAX_RETRIES", "QUEUE_PROVIDER", "QUEUE_LOG", "MAIL_URL"],
+    )
+    def test_a_list_or_a_map_is_refused(self, name: str, value: Any) -> None:
+        with pytest.raises(SettingsError, match=rf"^{name}: must be"):
+            load_settings({name: value})
+
+
 class TestTogether:
     def test_tokens_are_needed_off_loopback(self) -> None:
         off_loopback = {"QUEUE_ADMIN_ADDRESS": "0.0.0.0:3005"}
