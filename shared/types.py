@@ -109,6 +109,8 @@ class Delivery:
     :param attempts: attempts burnt so far.
     :param delay: seconds from now until it may be reserved.
     :param token: the newest fencing token that the log knows of; leases begin after it.
+    :param to: where it goes, if it was published before, or may have been: to its
+        subscription alone. What is new may go to whoever listens.
     """
 
     seq: int
@@ -117,22 +119,30 @@ class Delivery:
     attempts: int = 0
     delay: float = 0.0
     token: int = 0
+    to: Subscription | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
     """A delivery in the hands of one worker, until it settles or stops renewing.
 
+    A provider that cannot know them leaves the delivery's ``seq`` and the token 0, for
+    the log to find: what a dispatcher without a log sent has none.
+
     :param token: the fencing token: larger with each reservation of the delivery.
+    :param redelivered: whether the provider knows that it handed this out before.
+    :param handle: the provider's own name for the lease, which no other lease bears.
     """
 
     delivery: Delivery
     token: int
+    redelivered: bool = False
+    handle: Any = None
 
     @property
-    def is_redelivered(self) -> bool:
-        """Whether it may have been reserved before."""
-        return self.token > 1
+    def key(self) -> Any:
+        """What tells it from the other leases of its holder."""
+        return self.delivery.seq if self.handle is None else self.handle
 
 
 class SettleAction(StrEnum):

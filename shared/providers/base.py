@@ -5,7 +5,7 @@ schema and no handler, and no database, but for one that says ``joins_log``: it
 works in the database of the message log, and its part of each step is done in
 the log's own transaction, which it is handed as ``tx``.
 
-A provider instance is made, used and closed by one native thread. Everything
+A provider instance is used and closed by one native thread. Everything
 takes many at once; everything that can fail raises a
 :class:`~shared.errors.ProviderError` and no driver's exception.
 """
@@ -31,6 +31,14 @@ class Capabilities:
     """Urgent deliveries overtake normal ones."""
     peek: bool = True
     """Waiting deliveries can be listed without reserving them."""
+    deduplicates: bool = True
+    """What is published again is not queued again; else the log sorts the copies out."""
+    leases_expire: bool = True
+    """A lease ends when nobody renews it; else with the connection of who holds it."""
+    counts_all: bool = True
+    """Leased and scheduled deliveries can be counted and purged, not waiting ones alone."""
+    fans_out: bool = False
+    """What is dispatched reaches who listens at the server, whether or not the log knows them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +48,10 @@ class SubscriptionStats:
     subscriber: str
     waiting: int
     """May be reserved now."""
-    active: int
-    """Leased."""
-    scheduled: int
-    """Wait for a time: a schedule or the next attempt."""
+    active: int | None
+    """Leased; ``None`` where the provider cannot tell."""
+    scheduled: int | None
+    """Wait for a time, a schedule or the next attempt; ``None`` where it cannot tell."""
     dead: int
     """Dead letters."""
 
@@ -73,10 +81,15 @@ class QueueProvider(ABC):
         """Make a queue for each subscription, where there is none, and get woken for it."""
 
     @abstractmethod
-    def publish(self, deliveries: Sequence[Delivery], tx: Any = None) -> None:
+    def publish(self, deliveries: Sequence[Delivery], tx: Any = None) -> list[Delivery]:
         """Queue deliveries, in their order; each may be reserved after its ``delay``.
 
-        Publishing one again, with the same ``seq``, changes nothing.
+        Publishing one again, with the same ``seq``, changes nothing if it ``deduplicates``.
+        One that ``fans_out`` sends those without a ``to`` once for each message, to whoever
+        listens; among them may be one with neither number, of a message that no
+        subscription in the log wants.
+
+        :returns: those for which there is no queue; they were not queued.
         """
 
     @abstractmethod
@@ -84,11 +97,13 @@ class QueueProvider(ABC):
         """Wake who consumes, once what was published can be seen (after the commit)."""
 
     @abstractmethod
-    def wait(self, timeout: float, interrupt: int) -> None:
-        """Wait until there may be something to reserve.
+    def wait(self, timeout: float, interrupt: int, hungry: bool = True) -> None:
+        """Wait until there may be something to reserve; may return sooner.
 
         :param timeout: seconds at most.
         :param interrupt: a file descriptor; readable means that the waiting ends.
+        :param hungry: whether there is room for more; else it only keeps its connections,
+            and holds nothing back that others could handle.
         """
 
     @abstractmethod
@@ -111,25 +126,29 @@ class QueueProvider(ABC):
         """Renew leases for another full term from now; return the lost ones."""
 
     @abstractmethod
-    def get_queue_stats(self, queue: str) -> list[SubscriptionStats]:
-        """Count what each subscription of a queue has, as the provider sees it."""
+    def get_queue_stats(self, subscriptions: Sequence[Subscription]) -> list[SubscriptionStats]:
+        """Count what each of these subscriptions has, as the provider sees it."""
 
     @abstractmethod
     def health_check(self) -> bool:
         """Say whether the provider answers right now. Never raises."""
 
     @abstractmethod
-    def pause(self, subscription_id: int) -> None:
+    def pause(self, subscription: Subscription) -> None:
         """Have nothing more reserved for a subscription, in any process."""
 
     @abstractmethod
-    def resume(self, subscription_id: int) -> None:
+    def resume(self, subscription: Subscription) -> None:
         """Take back a pause."""
 
     @abstractmethod
-    def peek(self, subscription_id: int, limit: int) -> list[Delivery]:
+    def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
         """Return the next deliveries that would be reserved, without reserving them."""
 
     @abstractmethod
-    def purge(self, subscription_id: int) -> int:
+    def purge(self, subscription: Subscription) -> int:
         """Remove everything that waits for a subscription; return how many it was."""
+
+    @abstractmethod
+    def forget(self, subscription: Subscription) -> None:
+        """Remove a subscription that was retired, with all that it has."""

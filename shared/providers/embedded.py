@@ -82,7 +82,7 @@ class EmbeddedProvider(QueueProvider):
         if self._mine:  # who only dispatches needs not be woken
             self._bell.listen()
 
-    def publish(self, deliveries: Sequence[Delivery], tx: Any = None) -> None:
+    def publish(self, deliveries: Sequence[Delivery], tx: Any = None) -> list[Delivery]:
         with self._joined(tx) as tx:
             at_once = [d.seq for d in deliveries if d.delay <= 0]
             if at_once:
@@ -92,11 +92,15 @@ class EmbeddedProvider(QueueProvider):
             ]
             if later:
                 _DELAY.change_many(tx, later)
+        return []
 
     def published(self, deliveries: Sequence[Delivery]) -> None:
         self._bell.ring({delivery.subscription_id for delivery in deliveries})
 
-    def wait(self, timeout: float, interrupt: int) -> None:
+    def wait(self, timeout: float, interrupt: int, hungry: bool = True) -> None:
+        if not hungry:
+            wait_readable([interrupt], [], [], max(timeout, 0))
+            return
         if not self._database.is_sqlite and self._mine:
             timeout = min(timeout, POLL_SECONDS)
         self._bell.wait(min(timeout, self._due - monotonic()), interrupt, self._mine)
@@ -130,29 +134,35 @@ class EmbeddedProvider(QueueProvider):
                 _EXTEND.change(tx, {"seqs": [seq for seq, _ in held], "until": until})
             return [lease for lease in leases if _key(lease) not in held]
 
-    def get_queue_stats(self, queue: str) -> list[SubscriptionStats]:
+    def get_queue_stats(self, subscriptions: Sequence[Subscription]) -> list[SubscriptionStats]:
+        ids = [subscription.id for subscription in subscriptions]
+        if not ids:
+            return []
         with self._joined(None) as tx:
-            return [SubscriptionStats(*row) for row in _STATS.fetch(tx, {"q": queue})]
+            return [SubscriptionStats(*row) for row in _STATS.fetch(tx, {"ids": ids})]
 
     def health_check(self) -> bool:
         return self._database.ping()
 
-    def pause(self, subscription_id: int) -> None:
-        self._set_paused(subscription_id, True)
+    def pause(self, subscription: Subscription) -> None:
+        self._set_paused(subscription.id, True)
 
-    def resume(self, subscription_id: int) -> None:
-        self._set_paused(subscription_id, False)
-        self._bell.ring({subscription_id})
+    def resume(self, subscription: Subscription) -> None:
+        self._set_paused(subscription.id, False)
+        self._bell.ring({subscription.id})
 
-    def peek(self, subscription_id: int, limit: int) -> list[Delivery]:
+    def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
         with self._joined(None) as tx:
-            values = {"id": subscription_id, "limit": limit, "offset": 0}
+            values = {"id": subscription.id, "limit": limit, "offset": 0}
             seqs = [row.seq for row in _NEXT.fetch(tx, values)]
             return [lease.delivery for lease in _load(tx, seqs)]
 
-    def purge(self, subscription_id: int) -> int:
+    def purge(self, subscription: Subscription) -> int:
         with self._joined(None) as tx:
-            return _PURGE.change(tx, {"id": subscription_id})
+            return _PURGE.change(tx, {"id": subscription.id})
+
+    def forget(self, subscription: Subscription) -> None:
+        """Do nothing: the log discarded what it had."""
 
     def _with_ready(self, tx: Transaction, subscription_ids: list[int]) -> list[int]:
         """Return which subscriptions have something ready, after what is due was made so."""
@@ -309,7 +319,7 @@ _STATS = Prepared(
             ),
         )
     )
-    .where(subscriptions.c.queue_name == bindparam("q"))
+    .where(subscriptions.c.id.in_(_IDS))
     .group_by(subscriptions.c.id, subscriptions.c.subscriber)
     .order_by(subscriptions.c.id)
 )

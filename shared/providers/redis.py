@@ -105,14 +105,18 @@ class RedisProvider(QueueProvider):
         with _translated(self.settings, self.close):
             self._listen()
 
-    def publish(self, deliveries: Sequence[Delivery], tx: Any = None) -> None:
+    def publish(self, deliveries: Sequence[Delivery], tx: Any = None) -> list[Delivery]:
         batches = _batches(deliveries, lambda d: d, lambda d: len(d.message.body) + 500)
         self._run([self._publication(batch) for batch in batches])
+        return []
 
     def published(self, deliveries: Sequence[Delivery]) -> None:
         """Do nothing: the script that queued them woke who consumes."""
 
-    def wait(self, timeout: float, interrupt: int) -> None:
+    def wait(self, timeout: float, interrupt: int, hungry: bool = True) -> None:
+        if not hungry:
+            wait_readable([interrupt], [], [], max(timeout, 0))
+            return
         if self._mine and self._listener is None:
             return  # deaf: the next reserve listens again, or says what is wrong
         deadline = monotonic() + min(timeout, self._due - monotonic())
@@ -149,16 +153,16 @@ class RedisProvider(QueueProvider):
         answers = self._run([self._extension(batch) for batch in batches])
         return _lost(leases, batches, answers)
 
-    def get_queue_stats(self, queue: str) -> list[SubscriptionStats]:
-        subscribers = self._pairs("HGETALL", self._keys.subscribers(queue))
-        ids = sorted(map(int, subscribers))
-        if not ids:
-            return []
-        [counts] = self._run([_script("stats", self._keys.of(queue, ids))])
-        rows = [counts[i : i + len(PLACES)] for i in range(0, len(counts), len(PLACES))]
-        return [
-            SubscriptionStats(subscribers[str(i)], *row) for i, row in zip(ids, rows, strict=True)
-        ]
+    def get_queue_stats(self, subscriptions: Sequence[Subscription]) -> list[SubscriptionStats]:
+        by_queue: dict[str, list[int]] = {}
+        for each in subscriptions:
+            by_queue.setdefault(each.queue, []).append(each.id)
+        asked = [_script("stats", self._keys.of(*each)) for each in by_queue.items()]
+        counts: dict[int, list[int]] = {}
+        for ids, answer in zip(by_queue.values(), self._run(asked), strict=True):
+            rows = zip(*[iter(answer)] * len(PLACES), strict=True)
+            counts |= zip(ids, map(list, rows), strict=True)
+        return [SubscriptionStats(each.subscriber, *counts[each.id]) for each in subscriptions]
 
     def health_check(self) -> bool:
         try:
@@ -167,22 +171,31 @@ class RedisProvider(QueueProvider):
             return False
         return True
 
-    def pause(self, subscription_id: int) -> None:
-        self._set_paused(subscription_id, True)
+    def pause(self, subscription: Subscription) -> None:
+        self._set_paused(subscription, True)
 
-    def resume(self, subscription_id: int) -> None:
-        self._set_paused(subscription_id, False)
+    def resume(self, subscription: Subscription) -> None:
+        self._set_paused(subscription, False)
 
-    def peek(self, subscription_id: int, limit: int) -> list[Delivery]:
-        queue = self._queue_of(subscription_id)
-        if queue is None:
-            return []
-        keys = self._keys.of(queue, [subscription_id])
-        [answer] = self._run([_script("peek", keys, subscription_id, limit)])
+    def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
+        keys = self._keys.of(subscription.queue, [subscription.id])
+        [answer] = self._run([_script("peek", keys, subscription.id, limit)])
         return [lease.delivery for lease in _leases(answer)]
 
-    def purge(self, subscription_id: int) -> int:
-        return self._remove(subscription_id, "waiting", "scheduled")
+    def purge(self, subscription: Subscription) -> int:
+        return self._remove(subscription, "waiting", "scheduled")
+
+    def forget(self, subscription: Subscription) -> None:
+        self._remove(subscription, *PLACES)
+        keys = self._keys
+        places = (
+            ("HDEL", keys.registry),
+            ("HDEL", keys.subscribers(subscription.queue)),
+            ("SREM", keys.paused(subscription.queue)),
+        )
+        self._run([_Command(key, (command, key, subscription.id)) for command, key in places])
+        self._queues.pop(subscription.id, None)
+        self._mine.pop(subscription.id, None)
 
     # --- beyond the interface
 
@@ -193,27 +206,6 @@ class RedisProvider(QueueProvider):
         answers = self._run([_Command(key, ("HMGET", key, *chunk)) for chunk in chunks])
         found = [record for answer in answers for record in answer]
         return {seq for seq, record in zip(seqs, found, strict=True) if record is not None}
-
-    def forget(self, subscription_id: int) -> None:
-        """Remove a subscription and all that it has, dead letters and leases included."""
-        queue = self._queue_of(subscription_id)
-        if queue is None:
-            return
-        self._remove(subscription_id, *PLACES)
-        self._run(
-            [
-                _Command(self._keys.registry, ("HDEL", self._keys.registry, subscription_id)),
-                *[
-                    _Command(key, (command, key, subscription_id))
-                    for command, key in (
-                        ("HDEL", self._keys.subscribers(queue)),
-                        ("SREM", self._keys.paused(queue)),
-                    )
-                ],
-            ]
-        )
-        self._queues.pop(subscription_id, None)
-        self._mine.pop(subscription_id, None)
 
     # --- what is said to Redis
 
@@ -257,24 +249,20 @@ class RedisProvider(QueueProvider):
     def _lease_ms(self) -> int:
         return _ms(self.settings.lease)
 
-    def _remove(self, subscription_id: int, *places: str) -> int:
-        queue, removed = self._queue_of(subscription_id), 0
-        while queue is not None:
-            keys = self._keys.of(queue, [subscription_id])
-            [count] = self._run([_script("purge", keys, subscription_id, *places)])
+    def _remove(self, subscription: Subscription, *places: str) -> int:
+        removed = 0
+        while True:
+            keys = self._keys.of(subscription.queue, [subscription.id])
+            [count] = self._run([_script("purge", keys, subscription.id, *places)])
             removed += count
             if count < MOST_AT_ONCE:
-                break
-        return removed
+                return removed
 
-    def _set_paused(self, subscription_id: int, is_paused: bool) -> None:
-        queue = self._queue_of(subscription_id)
-        if queue is None:
-            raise ProviderError(f"Redis knows no subscription {subscription_id}")
-        key = self._keys.paused(queue)
-        commands = [_Command(key, ("SADD" if is_paused else "SREM", key, subscription_id))]
+    def _set_paused(self, subscription: Subscription, is_paused: bool) -> None:
+        key = self._keys.paused(subscription.queue)
+        commands = [_Command(key, ("SADD" if is_paused else "SREM", key, subscription.id))]
         if not is_paused:
-            wake = ("PUBLISH", self._keys.channel(queue), subscription_id)
+            wake = ("PUBLISH", self._keys.channel(subscription.queue), subscription.id)
             commands.append(_Command(key, wake))
         self._run(commands)
 

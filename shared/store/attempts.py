@@ -126,12 +126,12 @@ def start(tx: Transaction, leases: Sequence[Lease], worker: str) -> Started:
     too often is taken to be what kills its workers, and becomes a dead letter.
     """
     started = Started()
-    known = [lease for lease in leases if lease.is_redelivered]
+    known = [lease for lease in leases if lease.token != 1]
     lock(tx, {lease.delivery.message.id for lease in leases})
     states = _states(tx, known) if known else {}
     for lease in leases:
         state = states.get(lease.delivery.seq)
-        if not lease.is_redelivered:
+        if lease.token == 1:
             started.run.append(lease)
         elif state is None or state.status in FINAL:
             started.settled.append(Settlement(lease, _stored_action(state)))

@@ -15,12 +15,13 @@ import os  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Mapping  # noqa: E402
+from dataclasses import asdict  # noqa: E402
 from pathlib import Path  # noqa: E402
 from time import monotonic  # noqa: E402
 from typing import Any  # noqa: E402
 
 from shared.types import Subscription  # noqa: E402
-from tests.conformance.lab import QUEUE, SOURCE, ProviderLab, Worker, lab_class, seqs  # noqa: E402
+from tests.conformance.lab import ProviderLab, Worker, lab_class, seqs  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +45,7 @@ class Process:
     def open(self, lab: ProviderLab, *declared: Subscription) -> None:
         """Have it make an instance of the lab's provider."""
         name = f"{type(lab).__module__}:{type(lab).__qualname__}"
-        self.ask("open", name, lab.config, [subscription.id for subscription in declared])
+        self.ask("open", name, lab.config, [asdict(each) for each in declared])
 
     def tell(self, command: str, *args: Any) -> None:
         """Give it a command, and do not wait."""
@@ -79,9 +80,9 @@ class _Commands:
 
     _worker: Worker
 
-    def open(self, lab: str, config: Mapping[str, str], ids: list[int]) -> None:
+    def open(self, lab: str, config: Mapping[str, str], declared: list[Any]) -> None:
         self._worker = Worker(lab_class(lab)(config), f"process {os.getpid()}")
-        self._worker.open(*[Subscription(QUEUE, SOURCE, "any", "any", id=each) for each in ids])
+        self._worker.open(*[Subscription(**each) for each in declared])
 
     def close(self) -> None:
         self._worker.close()
@@ -92,9 +93,9 @@ class _Commands:
     def reserve(self, count: int) -> list[int]:
         return seqs(self._worker.reserve(count))
 
-    def resume(self, subscription_id: int, after: float) -> None:
+    def resume(self, subscription: Any, after: float) -> None:
         eventlet.sleep(after)
-        self._worker.provider.resume(subscription_id)
+        self._worker.provider.resume(Subscription(**subscription))
 
     def consume(self, batch: int, total: int) -> list[list[int]]:
         """Reserve and acknowledge until ``total`` deliveries are finished, whoever had them;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 import pytest
 
@@ -14,7 +15,7 @@ from shared.errors import (
 )
 from shared.providers import SubscriptionStats
 from shared.types import Priority, SettleAction, Settlement, Subscription
-from tests.conformance.lab import QUEUE, ProviderLab, Worker, elapsed, seqs
+from tests.conformance.lab import ProviderLab, Worker, elapsed, seqs
 from tests.conformance.process import Process
 
 NewWorker = Callable[..., Worker]
@@ -25,36 +26,36 @@ class TestPause:
         self, worker: Worker, other: Worker, placed: Subscription
     ) -> None:
         sent = worker.dispatch("placed")
-        worker.provider.pause(placed.id)
-        worker.provider.pause(placed.id)
+        worker.provider.pause(placed)
+        worker.provider.pause(placed)
         sent += worker.dispatch("placed")
         assert worker.reserve() == other.reserve() == []
-        other.provider.resume(placed.id)
+        other.provider.resume(placed)
         assert seqs(worker.reserve()) == seqs(sent)
 
     def test_holds_for_no_other_subscription(self, worker: Worker, placed: Subscription) -> None:
         worker.subscribe("paid")
-        worker.provider.pause(placed.id)
+        worker.provider.pause(placed)
         worker.dispatch("placed")
         paid = worker.dispatch("paid")
         assert seqs(worker.reserve()) == seqs(paid)
 
     def test_holds_for_what_becomes_due(self, worker: Worker, placed: Subscription) -> None:
         sent = worker.dispatch("placed", delay=0.1)
-        worker.provider.pause(placed.id)
+        worker.provider.pause(placed)
         worker.reserves_nothing_for(0.3, meanwhile=lambda: None)
-        worker.provider.resume(placed.id)
+        worker.provider.resume(placed)
         assert seqs(worker.reserve_within(worker.lab.promptly)) == seqs(sent)
 
     def test_lets_who_has_a_lease_settle(self, worker: Worker, placed: Subscription) -> None:
         sent = worker.dispatch("placed", 2)
         done, released = worker.reserve()
-        worker.provider.pause(placed.id)
+        worker.provider.pause(placed)
         assert worker.extend(done, released) == []
         assert worker.acknowledge(done) == []
         assert worker.release(released) == []
         assert worker.reserve() == []
-        worker.provider.resume(placed.id)
+        worker.provider.resume(placed)
         assert seqs(worker.reserve()) == seqs(sent[1:])
 
     def test_ends_with_a_push(
@@ -62,10 +63,10 @@ class TestPause:
     ) -> None:
         process = new_process()
         sent = worker.dispatch("placed")
-        worker.provider.pause(placed.id)
+        worker.provider.pause(placed)
         # what was dispatched may have woken it already
         worker.reserves_nothing_for(0.1, meanwhile=lambda: None)
-        process.tell("resume", placed.id, 0.1)
+        process.tell("resume", asdict(placed), 0.1)
         with elapsed(at_most=0.1 + worker.lab.promptly):
             assert seqs(worker.reserve_within(30)) == seqs(sent)
         process.answer()
@@ -76,14 +77,14 @@ class TestPeek:
     def _can(self, worker: Worker, placed: Subscription) -> None:
         if not worker.provider.capabilities.peek:
             with pytest.raises(UnsupportedByProviderError):
-                worker.provider.peek(placed.id, 1)
+                worker.provider.peek(placed, 1)
             pytest.skip("the provider cannot peek, and says so")
 
     def test_shows_what_would_be_reserved(self, worker: Worker, placed: Subscription) -> None:
         normal = worker.dispatch("placed", 3, body='{"n":1}')
         urgent = worker.dispatch("placed", 1, priority=Priority.URGENT)
         worker.dispatch("placed", delay=60)
-        seen = worker.provider.peek(placed.id, 3)
+        seen = worker.provider.peek(placed, 3)
         has_priorities = worker.provider.capabilities.priorities
         expected = [*urgent, *normal[:2]] if has_priorities else normal
         assert seqs(seen) == seqs(expected)
@@ -93,21 +94,21 @@ class TestPeek:
     def test_reserves_nothing(self, worker: Worker, other: Worker, placed: Subscription) -> None:
         sent = worker.dispatch("placed", 2)
         for _ in range(2):
-            assert seqs(worker.provider.peek(placed.id, 10)) == seqs(sent)
+            assert seqs(worker.provider.peek(placed, 10)) == seqs(sent)
         leases = other.reserve()
         assert seqs(leases) == seqs(sent)
-        assert worker.provider.peek(placed.id, 10) == []
+        assert worker.provider.peek(placed, 10) == []
         assert other.acknowledge(*leases) == []
 
     def test_shows_what_is_paused(self, worker: Worker, placed: Subscription) -> None:
         sent = worker.dispatch("placed")
-        worker.provider.pause(placed.id)
-        assert seqs(worker.provider.peek(placed.id, 10)) == seqs(sent)
+        worker.provider.pause(placed)
+        assert seqs(worker.provider.peek(placed, 10)) == seqs(sent)
 
     def test_shows_nothing_of_other_subscriptions(self, worker: Worker) -> None:
         [paid] = worker.subscribe("paid")
         worker.dispatch("placed")
-        assert worker.provider.peek(paid.id, 10) == []
+        assert worker.provider.peek(paid, 10) == []
 
 
 class TestPurge:
@@ -119,8 +120,8 @@ class TestPurge:
         leased, retried = worker.reserve(2)
         worker.retry(retried, delay=0.1)
         # two wait, three wait for their time, one is leased
-        assert other.provider.purge(placed.id) == 5
-        assert other.provider.purge(placed.id) == 0
+        assert other.provider.purge(placed) == 5
+        assert other.provider.purge(placed) == 0
         worker.reserves_nothing_for(0.3, meanwhile=lambda: None)
         assert worker.acknowledge(leased) == []
 
@@ -128,12 +129,12 @@ class TestPurge:
         worker.subscribe("paid")
         worker.dispatch("placed")
         paid = worker.dispatch("paid")
-        assert worker.provider.purge(placed.id) == 1
+        assert worker.provider.purge(placed) == 1
         assert seqs(worker.reserve()) == seqs(paid)
 
     def test_leaves_what_comes_after_alone(self, worker: Worker, placed: Subscription) -> None:
         worker.dispatch("placed")
-        worker.provider.purge(placed.id)
+        worker.provider.purge(placed)
         later = worker.dispatch("placed")
         assert seqs(worker.reserve()) == seqs(later)
 
@@ -148,7 +149,7 @@ class TestStats:
         worker.acknowledge(one)
         worker.retry(two, delay=60)
         worker.dead_letter(three)
-        assert worker.provider.get_queue_stats(QUEUE) == [
+        assert worker.provider.get_queue_stats(worker.declared) == [
             SubscriptionStats(ours.subscriber, waiting=2, active=1, scheduled=2, dead=1),
             SubscriptionStats(theirs.subscriber, waiting=6, active=0, scheduled=1, dead=0),
         ]
@@ -156,15 +157,15 @@ class TestStats:
     def test_are_zero_where_nothing_was_published(self, worker: Worker) -> None:
         [ours] = worker.declared
         nothing = SubscriptionStats(ours.subscriber, waiting=0, active=0, scheduled=0, dead=0)
-        assert worker.provider.get_queue_stats(QUEUE) == [nothing]
+        assert worker.provider.get_queue_stats(worker.declared) == [nothing]
 
-    def test_are_empty_for_an_unknown_queue(self, worker: Worker) -> None:
-        assert worker.provider.get_queue_stats("no-such-queue") == []
+    def test_are_empty_for_nothing(self, worker: Worker) -> None:
+        assert worker.provider.get_queue_stats([]) == []
 
     def test_are_the_same_from_each_instance(self, worker: Worker, other: Worker) -> None:
         worker.dispatch("placed", 2)
         worker.reserve(1)
-        [stats] = other.provider.get_queue_stats(QUEUE)
+        [stats] = other.provider.get_queue_stats(worker.declared)
         assert (stats.waiting, stats.active) == (1, 1)
 
 
@@ -205,11 +206,11 @@ class TestOutage:
                 lambda: provider.reserve({placed.id: 1}, 1),
                 lambda: provider.settle([Settlement(leases[0], SettleAction.ACKNOWLEDGE)]),
                 lambda: provider.extend(leases),
-                lambda: provider.get_queue_stats(QUEUE),
-                lambda: provider.pause(placed.id),
-                lambda: provider.resume(placed.id),
-                lambda: provider.peek(placed.id, 1),
-                lambda: provider.purge(placed.id),
+                lambda: provider.get_queue_stats(worker.declared),
+                lambda: provider.pause(placed),
+                lambda: provider.resume(placed),
+                lambda: provider.peek(placed, 1),
+                lambda: provider.purge(placed),
             ):
                 with pytest.raises(ProviderUnavailableError) as raised:
                     call()

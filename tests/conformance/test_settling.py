@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import monotonic
 
+import pytest
+
 from shared.types import Lease, SettleAction, Settlement, Subscription
 from tests.conformance.lab import LEASE_SECONDS, Worker, elapsed, seqs
 from tests.conformance.process import Process
@@ -89,6 +91,7 @@ class TestFencing:
         """Given leases that were taken over, and whose new holder is done with one of them."""
         worker.dispatch("placed", 5)
         lost = worker.reserve()
+        worker.lab.lose_leases(worker)
         held = other.reserve_within(LEASE_SECONDS + worker.lab.promptly, 5)
         assert seqs(held) == seqs(lost)
         assert all(new.token > old.token for new, old in zip(held, lost, strict=True))
@@ -110,6 +113,7 @@ class TestFencing:
         """Given two leases that ran out, and somebody else who had room for one of them."""
         worker.dispatch("placed", 2)
         first, second = worker.reserve()
+        worker.lab.lose_leases(worker)
         [held] = other.reserve_within(LEASE_SECONDS + worker.lab.promptly)
         assert held.delivery.seq == first.delivery.seq
         # the log may still believe it, since nobody else began; the provider may not
@@ -135,12 +139,14 @@ class TestFencing:
 
 class TestLeases:
     def test_run_out_when_nobody_renews_them(self, worker: Worker, other: Worker) -> None:
+        skip_unless_leases_expire(worker)
         sent = worker.dispatch("placed", 2)
         with elapsed(LEASE_SECONDS - CLOCK_SECONDS, LEASE_SECONDS + worker.lab.promptly):
             worker.reserve()
             assert seqs(other.reserve_within(30, 2)) == seqs(sent)
 
     def test_last_as_long_as_they_are_renewed(self, worker: Worker, other: Worker) -> None:
+        skip_unless_leases_expire(worker)
         worker.dispatch("placed", 2)
         kept, left = worker.reserve()
 
@@ -153,6 +159,7 @@ class TestLeases:
         assert worker.acknowledge(kept) == []
 
     def test_are_renewed_for_a_full_term(self, worker: Worker, other: Worker) -> None:
+        skip_unless_leases_expire(worker)
         worker.dispatch("placed")
         leases = worker.reserve()
         other.reserves_nothing_for(LEASE_SECONDS / 2, meanwhile=lambda: None)
@@ -166,6 +173,7 @@ class TestLeases:
         worker.dispatch("placed", 2)
         taken_over, settled = worker.reserve()
         worker.acknowledge(settled)
+        worker.lab.lose_leases(worker)
         held = other.reserve_within(LEASE_SECONDS + worker.lab.promptly)
         worker.dispatch("placed")
         [mine] = worker.reserve()
@@ -187,6 +195,11 @@ class TestLeases:
         assert sorted(seqs(leases)) == seqs(sent)
         assert [lease.delivery.attempts for lease in leases] == [0, 0, 0]
         assert worker.acknowledge(*leases) == []
+
+
+def skip_unless_leases_expire(worker: Worker) -> None:
+    if not worker.provider.capabilities.leases_expire:
+        pytest.skip("the provider's leases end with the connection alone")
 
 
 def renewing_until_taken_over(holder: Worker, taker: Worker, kept: Lease) -> list[Lease]:

@@ -16,14 +16,14 @@ def test_many_are_stored_in_one_transaction_and_in_their_order(log_settings):
     envelopes = [Envelope(new_message_id(), "things", "made", "{}") for _ in range(COUNT)]
 
     with database.transaction() as tx:
-        subscriptions.register(tx, [Subscription("things", "things", "made", "a.b")])
+        mine = subscriptions.register(tx, [Subscription("things", "things", "made", "a.b")])
         new = log.append(tx, envelopes, 3)
         provider.publish(new, tx)
         again = log.append(tx, envelopes, 3, again=True)
 
     assert [delivery.message.id for delivery in new] == [envelope.id for envelope in envelopes]
     assert again == []
-    (stats,) = provider.get_queue_stats("things")
+    (stats,) = provider.get_queue_stats(mine)
     assert stats.waiting == COUNT
     provider.close()
     database.close()
