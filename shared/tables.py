@@ -33,7 +33,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.types import Boolean, UserDefinedType
 
 from shared.lifecycle import DeliveryStatus, MessageStatus
-from shared.types import Envelope, Priority
+from shared.types import Envelope, Priority, Subscription
 
 metadata = MetaData()
 
@@ -159,7 +159,8 @@ deliveries = Table(
     Column("error_type", String(255), nullable=True),
     Column("error_message", Text, nullable=True),
     # What the embedded provider queues by. ``ready`` is 1 while it may be reserved;
-    # ``priority_rank`` 0 goes first, then the smaller ``seq``.
+    # ``priority_rank`` 0 goes first, then the smaller ``seq``. With another provider it is
+    # 1 while it is still to be published there, and the lease is that of who does so.
     Column("priority_rank", SmallInteger, nullable=False),
     Column("ready", Boolean, nullable=False, server_default="0"),
     # The fencing token; the log compares it before it believes an outcome.
@@ -263,4 +264,29 @@ def envelope_of(row: Any) -> Envelope:
         scheduled_at=row.scheduled_at,
         metadata=kept,
         created_at=row.created_at,
+    )
+
+
+SUBSCRIPTION_COLUMNS = (
+    subscriptions.c.id,
+    subscriptions.c.queue_name,
+    subscriptions.c.source,
+    subscriptions.c.message_type,
+    subscriptions.c.subscriber,
+    subscriptions.c.handler_type,
+    subscriptions.c.reliable,
+)
+"""What :func:`subscription_of` reads."""
+
+
+def subscription_of(row: Any) -> Subscription:
+    """Make a subscription from a row with :data:`SUBSCRIPTION_COLUMNS`."""
+    return Subscription(
+        queue=row.queue_name,
+        source=row.source,
+        event_type=row.message_type,
+        subscriber=row.subscriber,
+        handler_type=row.handler_type,
+        reliable=bool(row.reliable),
+        id=row.id,
     )

@@ -8,8 +8,8 @@ All moves are guarded: a row changes only if it is still in a state that
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -28,11 +28,14 @@ from sqlalchemy import (
 from shared.database import Transaction
 from shared.lifecycle import FINAL, MAX_TAKEOVERS, DeliveryStatus, sources_of
 from shared.statements import Prepared
-from shared.store.summary import lock
+from shared.store.summary import lock, refresh
 from shared.tables import attempts, deliveries
 from shared.types import Failure, Lease, Outcome, SettleAction, Settlement
 
 c = deliveries.c
+
+EARLY_SECONDS = 0.05
+"""By how much a provider's clock may be ahead of the log's before it is told to wait."""
 
 LONGEST_ERROR = 16_000
 """Characters of an exception that are kept: TEXT has 65,535 bytes, and one takes up to four."""
@@ -40,10 +43,11 @@ LONGEST_ERROR = 16_000
 
 @dataclass(slots=True)
 class Started:
-    """What :func:`start` found: what to run, and what is settled already."""
+    """What :func:`start` found: what to run, what is settled already, what runs already."""
 
     run: list[Lease] = field(default_factory=list)
     settled: list[Settlement] = field(default_factory=list)
+    resumed: list[Lease] = field(default_factory=list)
 
 
 def _may_become(status: DeliveryStatus) -> ColumnElement[bool]:
@@ -53,27 +57,55 @@ def _may_become(status: DeliveryStatus) -> ColumnElement[bool]:
 _SEQS: BindParameter[Any] = bindparam("seqs", expanding=True)
 
 _STATES = Prepared(
-    select(c.seq, c.status, c.lease_token, c.attempts, c.takeovers, c.started_at, c.worker).where(
-        c.seq.in_(_SEQS)
-    )
+    select(
+        c.seq,
+        c.message_id,
+        c.status,
+        c.lease_token,
+        c.attempts,
+        c.takeovers,
+        c.started_at,
+        c.worker,
+        c.available_at,
+        c.lease_expires_at,
+    ).where(c.seq.in_(_SEQS))
 )
-_BEGIN = Prepared(
+
+
+def _beginning(**values: Any) -> Prepared:
+    return Prepared(
+        update(deliveries)
+        .where(
+            c.seq.in_(_SEQS),
+            # what was taken over is processing already, by a worker that is gone
+            or_(_may_become(DeliveryStatus.PROCESSING), c.status == DeliveryStatus.PROCESSING),
+            # who has an older lease may be late, and has lost it
+            c.lease_token <= bindparam("token"),
+        )
+        .values(
+            status=DeliveryStatus.PROCESSING,
+            lease_token=bindparam("token"),
+            worker=bindparam("by"),
+            started_at=bindparam("now"),
+            available_at=None,
+            **values,
+        )
+    )
+
+
+_BEGIN = _beginning()
+_BEGIN_AND_HOLD = _beginning(ready=False, lease_expires_at=bindparam("until"))
+_HOLD = Prepared(
     update(deliveries)
-    .where(
-        c.seq.in_(_SEQS),
-        # what was taken over is processing already, by a worker that is gone
-        or_(_may_become(DeliveryStatus.PROCESSING), c.status == DeliveryStatus.PROCESSING),
-        # who has an older lease may be late, and has lost it
-        c.lease_token <= bindparam("token"),
-    )
-    .values(
-        status=DeliveryStatus.PROCESSING,
-        lease_token=bindparam("token"),
-        worker=bindparam("by"),
-        started_at=bindparam("now"),
-        available_at=None,
-    )
+    .where(c.seq.in_(_SEQS), c.status == DeliveryStatus.PROCESSING, c.worker == bindparam("by"))
+    .values(lease_expires_at=bindparam("until"))
 )
+_QUEUE_AGAIN = Prepared(
+    update(deliveries)
+    .where(c.seq.in_(_SEQS))
+    .values(ready=True, lease_expires_at=None, lease_token=c.lease_token + 1)
+)
+_LET_GO = Prepared(update(deliveries).where(c.seq.in_(_SEQS)).values(lease_expires_at=None))
 _COUNT_TAKEOVER = Prepared(
     update(deliveries).where(c.seq == bindparam("its_seq")).values(takeovers=c.takeovers + 1)
 )
@@ -119,28 +151,111 @@ _TO_FAILED = _failing(DeliveryStatus.FAILED, processed_at=bindparam("its_end"))
 _ADD_HISTORY = Prepared(insert(attempts), [c.name for c in attempts.c if c.name != "id"])
 
 
-def start(tx: Transaction, leases: Sequence[Lease], worker: str) -> Started:
+def start(
+    tx: Transaction,
+    leases: Sequence[Lease],
+    worker: str,
+    *,
+    running: Collection[int] = (),
+    held_for: float | None = None,
+) -> Started:
     """Note that attempts begin, and sort out what is not to run.
 
     A delivery whose outcome is stored is settled as stored. One that was taken over
     too often is taken to be what kills its workers, and becomes a dead letter.
+
+    :param running: what ``worker`` has in hand already: it lost the lease and got it again.
+    :param held_for: seconds for which the log keeps the leases of a provider apart, 0 where
+        that provider does it; ``None`` for a provider that works in these tables itself.
     """
     started = Started()
     known = [lease for lease in leases if lease.token != 1]
     lock(tx, {lease.delivery.message.id for lease in leases})
     states = _states(tx, known) if known else {}
+    seen: set[int] = set()
     for lease in leases:
-        state = states.get(lease.delivery.seq)
-        if lease.token == 1:
-            started.run.append(lease)
-        elif state is None or state.status in FINAL:
-            started.settled.append(Settlement(lease, _stored_action(state)))
-        elif state.status != DeliveryStatus.PROCESSING or _take_over(tx, lease, state):
+        seq = lease.delivery.seq
+        if seq in seen:
+            started.settled.append(Settlement(lease, SettleAction.ACKNOWLEDGE))
+        elif lease.token == 1:
             started.run.append(lease)
         else:
-            started.settled.append(Settlement(lease, SettleAction.DEAD_LETTER))
-    _begin(tx, started.run, worker)
+            _sort_out(tx, started, lease, states.get(seq), seq in running)
+        seen.add(seq)
+    _begin(tx, started.run + started.resumed, worker, held_for)
     return started
+
+
+def _sort_out(
+    tx: Transaction, started: Started, lease: Lease, state: Any, is_running: bool
+) -> None:
+    """Find out what to do with a delivery that may have been handed out before."""
+    if state is None or state.status in FINAL:
+        started.settled.append(Settlement(lease, _stored_action(state)))
+        return
+    lease = _as_stored(lease, state)
+    wait = (state.available_at - tx.now).total_seconds() if state.available_at else 0.0
+    if is_running:
+        started.resumed.append(lease)
+    elif _is_other_copy(tx, lease, state):
+        started.settled.append(Settlement(lease, SettleAction.ACKNOWLEDGE))
+    elif wait > EARLY_SECONDS:
+        started.settled.append(_postponed(lease, wait))
+    elif state.status != DeliveryStatus.PROCESSING or _take_over(tx, state):
+        started.run.append(lease)
+    else:
+        started.settled.append(Settlement(lease, SettleAction.DEAD_LETTER))
+
+
+def _as_stored(lease: Lease, state: Any) -> Lease:
+    """Return the lease with what the log knows better than the provider."""
+    token = lease.token or state.lease_token + 1
+    return replace(lease, token=token, delivery=replace(lease.delivery, attempts=state.attempts))
+
+
+def _is_other_copy(tx: Transaction, lease: Lease, state: Any) -> bool:
+    """Whether somebody works on another copy of what was published twice.
+
+    Should that worker die, its copy comes again, or its lease in the log runs out.
+    """
+    is_held = state.lease_expires_at is not None and state.lease_expires_at > tx.now
+    return state.status == DeliveryStatus.PROCESSING and is_held and not lease.redelivered
+
+
+def _postponed(lease: Lease, seconds: float) -> Settlement:
+    """Have it come again at its time, as the log has it: its copy burns an attempt less."""
+    attempts = lease.delivery.attempts - 1
+    return Settlement(
+        replace(lease, delivery=replace(lease.delivery, attempts=attempts)),
+        SettleAction.RETRY,
+        seconds,
+    )
+
+
+def hold(tx: Transaction, seqs: Sequence[int], worker: str, seconds: float) -> None:
+    """Renew the leases that the log keeps for ``worker``."""
+    _HOLD.change(tx, {"seqs": seqs, "by": worker, "until": tx.later(seconds)})
+
+
+def let_go(tx: Transaction, outcomes: Sequence[Outcome]) -> None:
+    """End the leases that the log kept, once their outcomes are recorded."""
+    _LET_GO.change(tx, {"seqs": [outcome.lease.delivery.seq for outcome in outcomes]})
+
+
+def lose(tx: Transaction, seqs: Sequence[int]) -> None:
+    """End attempts whose lease in the log ran out: what they had waits again, ready to go."""
+    lock(tx, {state.message_id for state in _states_of(tx, seqs).values()})
+    lost = [state for state in _states_of(tx, seqs).values() if _is_lost(tx, state)]
+    again = [state.seq for state in lost if _take_over(tx, state)]
+    _LET_GO.change(tx, {"seqs": [state.seq for state in lost]})
+    _HAND_BACK.change(tx, {"seqs": again})
+    _QUEUE_AGAIN.change(tx, {"seqs": again})
+    refresh(tx, {state.message_id for state in lost})
+
+
+def _is_lost(tx: Transaction, state: Any) -> bool:
+    is_over = state.lease_expires_at is not None and state.lease_expires_at <= tx.now
+    return is_over and state.status == DeliveryStatus.PROCESSING
 
 
 def record(tx: Transaction, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], list[Outcome]]:
@@ -172,8 +287,11 @@ def _is_held(state: Any, lease: Lease) -> bool:
 
 
 def _states(tx: Transaction, leases: Sequence[Lease]) -> dict[int, Any]:
-    rows = _STATES.fetch(tx, {"seqs": [lease.delivery.seq for lease in leases]})
-    return {row.seq: row for row in rows}
+    return _states_of(tx, [lease.delivery.seq for lease in leases])
+
+
+def _states_of(tx: Transaction, seqs: Sequence[int]) -> dict[int, Any]:
+    return {row.seq: row for row in _STATES.fetch(tx, {"seqs": seqs})}
 
 
 def _stored_action(state: Any) -> SettleAction:
@@ -182,16 +300,20 @@ def _stored_action(state: Any) -> SettleAction:
     return SettleAction.ACKNOWLEDGE
 
 
-def _begin(tx: Transaction, leases: Sequence[Lease], worker: str) -> None:
+def _begin(tx: Transaction, leases: Sequence[Lease], worker: str, held_for: float | None) -> None:
     by_token = defaultdict(list)
     for lease in leases:
         by_token[lease.token].append(lease.delivery.seq)
     for token, seqs in by_token.items():
         values = {"seqs": seqs, "token": token, "by": worker, "now": tx.now}
-        _BEGIN.change(tx, values)
+        if held_for is None:
+            _BEGIN.change(tx, values)
+        else:
+            until = tx.later(held_for) if held_for else None
+            _BEGIN_AND_HOLD.change(tx, {**values, "until": until})
 
 
-def _take_over(tx: Transaction, lease: Lease, state: Any) -> bool:
+def _take_over(tx: Transaction, state: Any) -> bool:
     """Note that a worker died; say whether the delivery may have another."""
     _COUNT_TAKEOVER.change(tx, {"its_seq": state.seq})
     takeovers = state.takeovers + 1
@@ -200,7 +322,7 @@ def _take_over(tx: Transaction, lease: Lease, state: Any) -> bool:
         _write_history(tx, [(state, "taken_over", lost, None)])
         return True
     lost = Failure("WorkerLost", f"{takeovers} workers died with it; the last was {state.worker}")
-    _fail(tx, [(state, Outcome(lease, DeliveryStatus.FAILED, lost))])
+    _bury(tx, [(state, lost)])
     return False
 
 
@@ -215,15 +337,20 @@ def _hand_back(tx: Transaction, ended: list[tuple[Any, Outcome]]) -> None:
 
 
 def _retry(tx: Transaction, ended: list[tuple[Any, Outcome]]) -> None:
-    rows = [{**_error_row(state, x), "its_due": tx.later(x.delay)} for state, x in ended]
+    rows = [{**_error_row(state, x.failure), "its_due": tx.later(x.delay)} for state, x in ended]
     _TO_RETRY.change_many(tx, rows)
     _write_history(tx, [(state, "retry", x.failure, tx.later(x.delay)) for state, x in ended])
 
 
 def _fail(tx: Transaction, ended: list[tuple[Any, Outcome]]) -> None:
-    rows = [{**_error_row(state, x), "its_end": tx.now} for state, x in ended]
+    _bury(tx, [(state, x.failure) for state, x in ended])
+
+
+def _bury(tx: Transaction, dead: list[tuple[Any, Failure | None]]) -> None:
+    """Make dead letters."""
+    rows = [{**_error_row(state, failure), "its_end": tx.now} for state, failure in dead]
     _TO_FAILED.change_many(tx, rows)
-    _write_history(tx, [(state, "failed", x.failure, None) for state, x in ended])
+    _write_history(tx, [(state, "failed", failure, None) for state, failure in dead])
 
 
 _MOVES = {
@@ -234,8 +361,8 @@ _MOVES = {
 }
 
 
-def _error_row(state: Any, outcome: Outcome) -> dict[str, Any]:
-    failure = outcome.failure or Failure("Unknown", "")
+def _error_row(state: Any, failure: Failure | None) -> dict[str, Any]:
+    failure = failure or Failure("Unknown", "")
     return {
         "its_seq": state.seq,
         "its_error_type": _storable(failure.type, 255),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from sqlalchemy import bindparam, insert, select, update
 
@@ -38,7 +39,15 @@ _ADD_MESSAGES = Prepared(
     insert(messages), [c.name for c in messages.c if c.name not in ("retry_count", "error_message")]
 )
 _ADD_DELIVERIES = Prepared(
-    insert(deliveries), ["message_id", "subscription_id", "priority_rank", "available_at"]
+    insert(deliveries),
+    [
+        "message_id",
+        "subscription_id",
+        "priority_rank",
+        "available_at",
+        "ready",
+        "lease_expires_at",
+    ],
 )
 _DELIVERIES_OF = Prepared(
     select(
@@ -54,8 +63,30 @@ _DELIVERIES_OF = Prepared(
 # --- dispatch
 
 
+class Handover(NamedTuple):
+    """What becomes of new deliveries once they are stored.
+
+    :param seconds: for which they are in the hands of who dispatches, who publishes them
+        next; ``None`` leaves them in the log, for the provider that works in it.
+    :param is_open: the provider is away: they are left to be published when it is back.
+    :param fans_out: a message that no subscription wants is published, too.
+    """
+
+    seconds: float | None = None
+    is_open: bool = False
+    fans_out: bool = False
+
+
+IN_LOG = Handover()
+
+
 def append(
-    tx: Transaction, envelopes: Sequence[Envelope], max_retries: int, *, again: bool = False
+    tx: Transaction,
+    envelopes: Sequence[Envelope],
+    max_retries: int,
+    *,
+    again: bool = False,
+    handover: Handover = IN_LOG,
 ) -> list[Delivery]:
     """Store messages and a delivery for each subscription that is known now.
 
@@ -70,23 +101,51 @@ def append(
         return []
     subscribers = subscribers_of(tx, envelopes)
     timed = [_with_times(tx, envelope) for envelope in envelopes]
+    alone = [e for e in timed if (e.queue, e.type) not in subscribers]
+    done = set() if handover.fans_out else {e.id for e in alone}
     _ADD_MESSAGES.change_many(
-        tx, [_message_row(tx, e, max_retries, (e.queue, e.type) in subscribers) for e in timed]
+        tx, [_message_row(tx, e, max_retries, is_done=e.id in done) for e in timed]
     )
-    rows = [
-        {
-            "message_id": e.id,
-            "subscription_id": subscription_id,
-            "priority_rank": e.priority.rank,
-            "available_at": e.scheduled_at if e.scheduled_at and e.scheduled_at > tx.now else None,
-        }
-        for e in timed
-        for subscription_id in subscribers.get((e.queue, e.type), ())
-    ]
-    if not rows:
-        return []
-    _ADD_DELIVERIES.change_many(tx, rows)
-    return _new_deliveries(tx, timed)
+    wanted = [(e, id_) for e in timed for id_ in subscribers.get((e.queue, e.type), ())]
+    new = []
+    if wanted:
+        add_deliveries(tx, wanted, handover)
+        new = _new_deliveries(tx, timed)
+    if handover.fans_out:
+        new += [Delivery(0, 0, e, delay=seconds_until(tx, e.scheduled_at)) for e in alone]
+    return new
+
+
+def store(tx: Transaction, envelopes: Sequence[Envelope], max_retries: int) -> None:
+    """Store messages that are not yet, and no delivery."""
+    stored = stored_ids(tx, [envelope.id for envelope in envelopes])
+    new = [_with_times(tx, envelope) for envelope in envelopes if envelope.id not in stored]
+    if new:
+        rows = [_message_row(tx, envelope, max_retries, is_done=False) for envelope in new]
+        _ADD_MESSAGES.change_many(tx, rows)
+
+
+def add_deliveries(
+    tx: Transaction, wanted: Sequence[tuple[Envelope, int]], handover: Handover = IN_LOG
+) -> None:
+    """Store a delivery for each pair of a stored message and the id of a subscription."""
+    until = tx.later(handover.seconds) if handover.seconds and not handover.is_open else None
+    _ADD_DELIVERIES.change_many(
+        tx,
+        [
+            {
+                "message_id": envelope.id,
+                "subscription_id": subscription_id,
+                "priority_rank": envelope.priority.rank,
+                "available_at": envelope.scheduled_at
+                if seconds_until(tx, envelope.scheduled_at)
+                else None,
+                "ready": handover.is_open,
+                "lease_expires_at": until,
+            }
+            for envelope, subscription_id in wanted
+        ],
+    )
 
 
 def stored_ids(tx: Transaction, ids: Sequence[str]) -> set[str]:
@@ -102,17 +161,17 @@ def _with_times(tx: Transaction, envelope: Envelope) -> Envelope:
 
 
 def _message_row(
-    tx: Transaction, envelope: Envelope, max_retries: int, is_routed: bool
+    tx: Transaction, envelope: Envelope, max_retries: int, *, is_done: bool
 ) -> dict[str, Any]:
     return {
         "id": envelope.id,
         "queue_name": envelope.queue,
         "message_type": envelope.type,
         "payload": envelope.body,
-        "status": MessageStatus.PENDING if is_routed else MessageStatus.COMPLETED,
+        "status": MessageStatus.COMPLETED if is_done else MessageStatus.PENDING,
         "priority": envelope.priority,
         "max_retries": max_retries if envelope.max_retries is None else envelope.max_retries,
-        "processed_at": None if is_routed else tx.now,
+        "processed_at": tx.now if is_done else None,
         "scheduled_at": envelope.scheduled_at,
         "metadata": json.dumps(_kept_metadata(envelope), ensure_ascii=False),
         "created_at": tx.now,
@@ -137,10 +196,15 @@ def _new_deliveries(tx: Transaction, envelopes: Sequence[Envelope]) -> list[Deli
             seq=row.seq,
             subscription_id=row.subscription_id,
             message=by_id[row.message_id],
-            delay=(row.available_at - tx.now).total_seconds() if row.available_at else 0.0,
+            delay=seconds_until(tx, row.available_at),
         )
         for row in rows
     ]
+
+
+def seconds_until(tx: Transaction, time: datetime | None) -> float:
+    """Return how far off a time is by the database's clock; 0 for one in the past, or none."""
+    return 0.0 if time is None else max(0.0, (time - tx.now).total_seconds())
 
 
 # --- repair
@@ -149,7 +213,7 @@ def _new_deliveries(tx: Transaction, envelopes: Sequence[Envelope]) -> list[Deli
 def retry_failed(tx: Transaction, message_id: str) -> list[Delivery]:
     """Let the failed deliveries of a message wait again, attempts counted from zero.
 
-    :returns: them, to be published.
+    :returns: them, to be published by a provider in the log; one apart finds them ready.
     :raises MessageNotFoundError: when there is no such message.
     :raises NothingToRetryError: when none of its deliveries had failed.
     """

@@ -15,7 +15,7 @@ from shared.database import Transaction
 from shared.lifecycle import WAITING, DeliveryStatus
 from shared.statements import Prepared
 from shared.store.summary import lock, refresh
-from shared.tables import deliveries, subscriptions
+from shared.tables import SUBSCRIPTION_COLUMNS, deliveries, subscription_of, subscriptions
 from shared.types import Envelope, Subscription
 
 SILENT_AFTER_SECONDS = 30.0
@@ -27,10 +27,28 @@ FORGOTTEN_AFTER_SECONDS = 120.0
 
 def register(tx: Transaction, wanted: Sequence[Subscription]) -> list[Subscription]:
     """Store subscriptions that are not yet, and return them all with their ids."""
-    return [_register(tx, subscription) for subscription in wanted]
+    return activate(tx, announce(tx, wanted))
 
 
-def _register(tx: Transaction, wanted: Subscription) -> Subscription:
+def announce(tx: Transaction, wanted: Sequence[Subscription]) -> list[Subscription]:
+    """Store subscriptions that get no events yet: a provider apart has no queue for them.
+
+    Those that got some before go on to. Return them all with their ids.
+    """
+    return [_announce(tx, subscription) for subscription in wanted]
+
+
+def activate(tx: Transaction, announced: Sequence[Subscription]) -> list[Subscription]:
+    """Have subscriptions get what is dispatched from now on; return them."""
+    tx.connection.execute(
+        update(subscriptions)
+        .where(subscriptions.c.id.in_([subscription.id for subscription in announced]))
+        .values(seen_at=tx.now, retired_at=None)
+    )
+    return list(announced)
+
+
+def _announce(tx: Transaction, wanted: Subscription) -> Subscription:
     is_it = and_(
         subscriptions.c.queue_name == wanted.queue,
         subscriptions.c.message_type == wanted.event_type,
@@ -40,8 +58,6 @@ def _register(tx: Transaction, wanted: Subscription) -> Subscription:
         "source": wanted.source,
         "handler_type": wanted.handler_type,
         "reliable": wanted.reliable,
-        "seen_at": tx.now,
-        "retired_at": None,
     }
     find = select(subscriptions.c.id).where(is_it)
     if tx.connection.execute(find).scalar() is None:
@@ -56,6 +72,7 @@ def _add(tx: Transaction, wanted: Subscription, values: Mapping[str, Any]) -> No
         "message_type": wanted.event_type,
         "subscriber": wanted.subscriber,
         "created_at": tx.now,
+        "retired_at": tx.now,
     }
     # another process of the service may be starting at the same moment
     with contextlib.suppress(IntegrityError), tx.connection.begin_nested():
@@ -79,18 +96,19 @@ def retire(tx: Transaction, subscription_ids: Sequence[int]) -> None:
     refresh(tx, _discard_open(tx, subscription_ids))
 
 
-def retire_forgotten(tx: Transaction) -> None:
-    """End the unreliable subscriptions whose last instance is gone."""
-    gone = tx.connection.execute(
-        select(subscriptions.c.id).where(
+def retire_forgotten(tx: Transaction) -> list[Subscription]:
+    """End the unreliable subscriptions whose last instance is gone; return them."""
+    rows = tx.connection.execute(
+        select(*SUBSCRIPTION_COLUMNS).where(
             subscriptions.c.reliable.is_(False),
             subscriptions.c.retired_at.is_(None),
             subscriptions.c.seen_at < tx.later(-FORGOTTEN_AFTER_SECONDS),
         )
-    ).scalars()
-    ids = list(gone)
-    if ids:
-        retire(tx, ids)
+    ).all()
+    gone = [subscription_of(row) for row in rows]
+    if gone:
+        retire(tx, [subscription.id for subscription in gone])
+    return gone
 
 
 def _discard_open(tx: Transaction, subscription_ids: Sequence[int]) -> set[str]:

@@ -136,8 +136,8 @@ class Log:
         token: int = 1,
     ) -> None:
         """Start one attempt and end it."""
-        lease = Lease(delivery, token)
-        assert self.start(lease).run == [lease]
+        [lease] = self.start(Lease(delivery, token)).run
+        assert (lease.delivery.seq, lease.token) == (delivery.seq, token)
         if failure is None and status in (RETRY, FAILED):
             failure = BOOM
         outcome = Outcome(lease, status, failure, delay)

@@ -1,0 +1,182 @@
+"""What a provider with storage of its own has not got yet, or may not have got.
+
+Such a delivery is in somebody's hands to be published, until ``lease_expires_at``; or
+it is ``ready``, to be taken into somebody's hands. Whoever looks after the backlog
+makes ready what was in the hands of who died. The provider that works in the log's own
+tables uses both columns itself, and needs none of this.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Integer, bindparam, exists, select, true, update
+
+from shared.database import Transaction
+from shared.lifecycle import WAITING, DeliveryStatus, MessageStatus
+from shared.statements import Prepared
+from shared.store import attempts
+from shared.store.log import seconds_until
+from shared.tables import (
+    MESSAGE_COLUMNS,
+    SUBSCRIPTION_COLUMNS,
+    deliveries,
+    envelope_of,
+    messages,
+    subscription_of,
+    subscriptions,
+)
+from shared.types import Delivery, Envelope
+
+PUBLISH_SECONDS = 30.0
+"""How long deliveries may be on their way to the provider before others publish them, too."""
+
+MOST_AT_ONCE = 500
+"""Deliveries taken at once of each subscription."""
+
+c = deliveries.c
+_SEQS: Any = bindparam("seqs", expanding=True)
+_IDS: Any = bindparam("ids", expanding=True)
+_NOW = bindparam("now", type_=c.available_at.type)
+_LIMIT = bindparam("limit", type_=Integer)
+_IS_WAITING = c.status.in_([status.value for status in sorted(WAITING)])
+
+_PUBLISHED = Prepared(
+    update(deliveries).where(c.seq.in_(_SEQS), _IS_WAITING).values(lease_expires_at=None)
+)
+_GIVE_BACK = Prepared(
+    update(deliveries)
+    .where(c.seq.in_(_SEQS), _IS_WAITING)
+    .values(lease_expires_at=None, ready=True)
+)
+_FINISH = Prepared(
+    update(messages)
+    .where(messages.c.id.in_(_IDS), messages.c.status == MessageStatus.PENDING)
+    .values(
+        status=MessageStatus.COMPLETED, processed_at=bindparam("at"), updated_at=bindparam("at")
+    )
+)
+_SUBSCRIPTIONS = Prepared(select(subscriptions.c.id))
+_EXPIRED = Prepared(
+    select(c.seq, c.status)
+    .where(c.subscription_id.in_(_IDS), c.lease_expires_at <= _NOW)
+    .limit(MOST_AT_ONCE)
+)
+_WITH_READY = Prepared(
+    select(*SUBSCRIPTION_COLUMNS).where(
+        exists().where(c.subscription_id == subscriptions.c.id, c.ready == true())
+    )
+)
+_NEXT = Prepared(
+    select(c.message_id)
+    .where(c.subscription_id == bindparam("id"), c.ready == true())
+    .order_by(c.priority_rank, c.seq)
+    .limit(_LIMIT)
+)
+_ALL_OF = Prepared(
+    select(
+        c.seq,
+        c.message_id,
+        c.subscription_id,
+        c.ready,
+        c.attempts,
+        c.lease_token,
+        c.available_at,
+    )
+    .where(c.message_id.in_(_IDS))
+    .order_by(c.seq)
+    .with_for_update(skip_locked=True)
+)
+_TAKE = Prepared(
+    update(deliveries)
+    .where(c.seq.in_(_SEQS))
+    .values(ready=False, lease_expires_at=bindparam("until"))
+)
+_ENVELOPES = Prepared(select(*MESSAGE_COLUMNS).where(messages.c.id.in_(_IDS)))
+_ALONE = (
+    select(*MESSAGE_COLUMNS)
+    .where(
+        messages.c.status == MessageStatus.PENDING,
+        messages.c.created_at < bindparam("before"),
+        ~exists().where(c.message_id == messages.c.id),
+    )
+    .order_by(messages.c.created_at)
+    .limit(MOST_AT_ONCE)
+)
+
+
+def published(tx: Transaction, deliveries: Sequence[Delivery]) -> None:
+    """Note that the provider has them."""
+    seqs = [delivery.seq for delivery in deliveries if delivery.seq]
+    alone = [delivery.message.id for delivery in deliveries if not delivery.seq]
+    if seqs:
+        _PUBLISHED.change(tx, {"seqs": seqs})
+    if alone:
+        _FINISH.change(tx, {"ids": alone, "at": tx.now})
+
+
+def give_back(tx: Transaction, deliveries: Sequence[Delivery]) -> None:
+    """Note that the provider may not have them: they are to be published again."""
+    _GIVE_BACK.change(tx, {"seqs": [delivery.seq for delivery in deliveries]})
+
+
+def recover(tx: Transaction) -> None:
+    """Make ready what was in the hands of who died: to be published, or handled."""
+    ids = [row.id for row in _SUBSCRIPTIONS.fetch(tx, {})]
+    rows = _EXPIRED.fetch(tx, {"ids": ids, "now": tx.now}) if ids else []
+    by_status: dict[bool, list[int]] = defaultdict(list)
+    for row in rows:
+        by_status[row.status == DeliveryStatus.PROCESSING].append(row.seq)
+    if by_status[False]:
+        _GIVE_BACK.change(tx, {"seqs": by_status[False]})
+    if by_status[True]:
+        attempts.lose(tx, by_status[True])
+
+
+def take(tx: Transaction) -> list[Delivery]:
+    """Take what is ready into one's hands, the oldest first; it is to be published next.
+
+    A message of which nothing was ever handed out goes to whoever listens, as a new one
+    does, and all others to their subscriptions alone.
+    """
+    subscribed = {row.id: subscription_of(row) for row in _WITH_READY.fetch(tx, {})}
+    ids = {
+        row.message_id
+        for subscription_id in subscribed
+        for row in _NEXT.fetch(tx, {"id": subscription_id, "limit": MOST_AT_ONCE})
+    }
+    if not ids:
+        return []
+    rows = _ALL_OF.fetch(tx, {"ids": list(ids)})
+    ready = [row for row in rows if row.ready and row.subscription_id in subscribed]
+    touched = {row.message_id for row in rows if not row.ready or row.lease_token or row.attempts}
+    until = tx.later(PUBLISH_SECONDS)
+    _TAKE.change(tx, {"seqs": [row.seq for row in ready], "until": until})
+    envelopes = _envelopes(tx, ids)
+    return [
+        Delivery(
+            row.seq,
+            row.subscription_id,
+            envelopes[row.message_id],
+            attempts=row.attempts,
+            delay=seconds_until(tx, row.available_at),
+            token=row.lease_token,
+            to=subscribed[row.subscription_id] if row.message_id in touched else None,
+        )
+        for row in ready
+    ]
+
+
+def alone(tx: Transaction) -> list[Delivery]:
+    """Return what no subscription wants and was not published: its dispatcher died."""
+    values = {"before": tx.later(-PUBLISH_SECONDS)}
+    rows = tx.connection.execute(_ALONE, values).all()
+    return [
+        Delivery(0, 0, envelope_of(row), delay=seconds_until(tx, row.scheduled_at)) for row in rows
+    ]
+
+
+def _envelopes(tx: Transaction, ids: set[str]) -> dict[str, Envelope]:
+    return {row.id: envelope_of(row) for row in _ENVELOPES.fetch(tx, {"ids": list(ids)})}
