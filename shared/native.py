@@ -55,6 +55,43 @@ class Signal:
         os.close(self._write)
 
 
+class Inbox:
+    """Commands for one native thread, from any other."""
+
+    def __init__(self) -> None:
+        self._commands: deque[Any] = deque()
+        self._signal = Signal()
+
+    def fileno(self) -> int:
+        """The descriptor that is readable once there are commands."""
+        return self._signal.fileno()
+
+    def send(self, command: Any) -> None:
+        """Give the thread a command."""
+        self._commands.append(command)
+        self._signal.ring()
+
+    def take(self) -> list[Any]:
+        """Take all commands that gathered."""
+        self._signal.clear()
+        taken = []
+        while self._commands:
+            taken.append(self._commands.popleft())
+        return taken
+
+    def wait(self, timeout: float) -> None:
+        """Wait for a command, at most ``timeout`` seconds."""
+        select([self._signal.fileno()], [], [], max(0.0, timeout))
+
+    def ring(self) -> None:
+        """Wake the thread; from a signal handler, too."""
+        self._signal.ring()
+
+    def close(self) -> None:
+        """Close the signal."""
+        self._signal.close()
+
+
 class Mailbox:
     """What one native thread and the hub say to each other.
 
@@ -63,24 +100,14 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        self._commands: deque[Any] = deque()
+        self.inbox = Inbox()
         self._answers: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self.to_thread = Signal()
         self._to_hub = Signal()
         self._reader: Any = None
 
     def send(self, command: Any) -> None:
-        """Hub or signal handler: give a command to the thread."""
-        self._commands.append(command)
-        self.to_thread.ring()
-
-    def take(self) -> list[Any]:
-        """Thread: take all commands that gathered."""
-        self.to_thread.clear()
-        taken = []
-        while self._commands:
-            taken.append(self._commands.popleft())
-        return taken
+        """Hub, signal handler or another thread: give a command to the thread."""
+        self.inbox.send(command)
 
     def answer(self, callback: Callable[..., None], *args: Any) -> None:
         """Thread: have ``callback`` called on the hub."""
@@ -101,7 +128,7 @@ class Mailbox:
         if self._reader is not None:
             self._reader.kill()
         self._to_hub.close()
-        self.to_thread.close()
+        self.inbox.close()
 
     def _listen(self) -> None:
         while True:
@@ -116,7 +143,7 @@ class Mailbox:
 
 
 class Thread:
-    """A native thread that a greenthread can wait for."""
+    """A native thread that a greenthread, or another native thread, can wait for."""
 
     def __init__(self, target: Callable[[], None], name: str) -> None:
         self._done = _threading.Event()
@@ -133,6 +160,10 @@ class Thread:
             while not self._done.is_set():
                 eventlet.sleep(0.002)
         return bool(self._done.is_set())
+
+    def join_natively(self, timeout: float) -> bool:
+        """Wait for its end from another native thread; say whether it ended."""
+        return bool(self._done.wait(timeout))
 
     def _run(self) -> None:
         try:

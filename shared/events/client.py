@@ -14,10 +14,13 @@ from nameko.extensions import SharedExtension
 
 from shared.database import Transaction, database_url
 from shared.errors import SettingsError
-from shared.events.pump import Append, Call, Check, Consume, Finish, Pump, StopConsuming
+from shared.events.apart import ApartPump
+from shared.events.commands import Append, Call, Check, Consume, Finish, StopConsuming
+from shared.events.joined import JoinedPump
+from shared.events.pump import Pump
 from shared.lifecycle import DeliveryStatus
 from shared.native import Mailbox, Promise, Thread
-from shared.providers import provider_class
+from shared.providers import make_provider, provider_class
 from shared.settings import Settings, refuse_start, settings_or_exit
 from shared.types import Delivery, Envelope, Failure, Lease, Outcome, Subscription
 
@@ -63,7 +66,7 @@ class QueueClient(SharedExtension):
 
     def setup(self) -> None:
         self._mailbox = Mailbox()
-        self._pump = Pump(self.settings, self._mailbox, self._take, _log.log, self._crash)
+        self._pump = self._make_pump()
         self._thread = Thread(self._pump.run, "queue-pump")
         self._inbox: Any = LightQueue()
 
@@ -142,6 +145,11 @@ class QueueClient(SharedExtension):
         return False
 
     # --- within
+
+    def _make_pump(self) -> Pump:
+        provider = make_provider(self.settings)
+        kind = JoinedPump if provider.capabilities.joins_log else ApartPump
+        return kind(self.settings, provider, self._mailbox, self._take, _log.log, self._crash)
 
     def _consume(self) -> None:
         wanted = [handler.subscription for handler in self._handlers]

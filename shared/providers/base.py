@@ -61,6 +61,9 @@ class QueueProvider(ABC):
 
     capabilities: Capabilities = Capabilities()
 
+    longest_lease: float | None = None
+    """Seconds after which a lease is moved to the log, since the server would take it back."""
+
     def __init__(self, settings: Settings) -> None:
         """Keep the settings. No connection is made here."""
         self.settings = settings

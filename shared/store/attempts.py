@@ -193,11 +193,12 @@ def _sort_out(
     if state is None or state.status in FINAL:
         started.settled.append(Settlement(lease, _stored_action(state)))
         return
+    is_other_copy = not lease.token and _is_other_copy(tx, lease, state)
     lease = _as_stored(lease, state)
     wait = (state.available_at - tx.now).total_seconds() if state.available_at else 0.0
     if is_running:
         started.resumed.append(lease)
-    elif _is_other_copy(tx, lease, state):
+    elif is_other_copy:
         started.settled.append(Settlement(lease, SettleAction.ACKNOWLEDGE))
     elif wait > EARLY_SECONDS:
         started.settled.append(_postponed(lease, wait))
@@ -214,7 +215,7 @@ def _as_stored(lease: Lease, state: Any) -> Lease:
 
 
 def _is_other_copy(tx: Transaction, lease: Lease, state: Any) -> bool:
-    """Whether somebody works on another copy of what was published twice.
+    """Whether somebody works on another copy of what a broker was given twice.
 
     Should that worker die, its copy comes again, or its lease in the log runs out.
     """

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Integer, bindparam, exists, select, true, update
+from sqlalchemy import Integer, bindparam, exists, or_, select, true, update
 
 from shared.database import Transaction
 from shared.lifecycle import WAITING, DeliveryStatus, MessageStatus
@@ -41,7 +41,7 @@ _SEQS: Any = bindparam("seqs", expanding=True)
 _IDS: Any = bindparam("ids", expanding=True)
 _NOW = bindparam("now", type_=c.available_at.type)
 _LIMIT = bindparam("limit", type_=Integer)
-_IS_WAITING = c.status.in_([status.value for status in sorted(WAITING)])
+_IS_WAITING = or_(*[c.status == status for status in sorted(WAITING)])
 
 _PUBLISHED = Prepared(
     update(deliveries).where(c.seq.in_(_SEQS), _IS_WAITING).values(lease_expires_at=None)

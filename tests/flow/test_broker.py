@@ -5,8 +5,7 @@ from nameko.containers import ServiceContainer
 
 from shared.errors import ProviderUnavailableError
 from shared.events import event_handler
-from shared.providers.base import Capabilities
-from shared.providers.embedded import EmbeddedProvider
+from shared.providers.redis import RedisProvider
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow
@@ -15,14 +14,12 @@ HANDLED = []
 FAILURES = {"publish": 0, "settle": 0}
 
 
-class Apart(EmbeddedProvider):
-    """The embedded one in transactions of its own, as a broker would be."""
-
-    capabilities = Capabilities(joins_log=False)
+class Apart(RedisProvider):
+    """The one on Redis, which fails when it is told to."""
 
     def publish(self, deliveries, tx=None):
         self._fail("publish")
-        super().publish(deliveries)
+        return super().publish(deliveries)
 
     def settle(self, settlements, tx=None):
         self._fail("settle")
@@ -43,14 +40,15 @@ class Counter:
 
 
 @pytest.fixture
-def apart(flow_on):
+def apart(flow_on, redis_server):
     HANDLED.clear()
-    flow = flow_on({"QUEUE_PROVIDER": f"{__name__}:Apart"})
+    flow = flow_on({"QUEUE_PROVIDER": f"{__name__}:Apart", **redis_server.environment})
     container = ServiceContainer(Counter, dict(flow.env))
     container.start()
     yield flow
     FAILURES.update(publish=0, settle=0)
     container.stop()
+    redis_server.empty()
 
 
 def test_what_is_stored_is_said_to_be_and_published_later(apart):

@@ -1,0 +1,410 @@
+"""The pump beside a provider with storage of its own, which has a thread of its own.
+
+What is dispatched is stored, confirmed to who dispatched it, and then published. What is
+published and what ends is told to the other side only after it is stored, so that a
+crash in between repeats something and loses nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from shared.database import CommitUncertainError, Transaction
+from shared.errors import QueueError, StoreUnavailableError
+from shared.events.carrier import Carrier
+from shared.events.commands import (
+    Call,
+    Check,
+    Consume,
+    Crashed,
+    Declare,
+    Declared,
+    Detach,
+    Down,
+    Finish,
+    Forget,
+    Free,
+    Publish,
+    Published,
+    Reserved,
+    Settle,
+    StopConsuming,
+    Unpublished,
+    Up,
+)
+from shared.events.pump import RECONNECT_SECONDS, SIGN_SECONDS, Pump, Turn
+from shared.lifecycle import DeliveryStatus
+from shared.native import Promise, Thread
+from shared.store import adoption, attempts, backlog, subscriptions
+from shared.store.log import Handover
+from shared.store.summary import refresh
+from shared.types import Delivery, Lease, Outcome, SettleAction, Settlement, Subscription
+
+SWEEP_SECONDS = 10.0
+"""How often deliveries are looked for that were in the hands of who died."""
+
+ALONE_SECONDS = 60.0
+"""How often messages are looked for that no subscription wants and nobody published."""
+
+FINISH_SECONDS = 5.0
+"""How long the provider may take for what is left to be told to it."""
+
+
+@dataclass(slots=True)
+class Reports:
+    """What the provider's thread said since the last turn that was stored."""
+
+    published: list[Delivery] = field(default_factory=list)
+    unpublished: list[Delivery] = field(default_factory=list)
+    reserved: list[Lease] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.published or self.unpublished or self.reserved)
+
+
+@dataclass(slots=True)
+class ApartTurn(Turn):
+    """A turn, with what the provider's thread reported."""
+
+    reports: Reports = field(default_factory=Reports)
+    has_sweep: bool = False
+    started: attempts.Started = field(default_factory=attempts.Started)
+    adopted: set[Any] = field(default_factory=set)
+    taken: list[Delivery] = field(default_factory=list)
+
+
+class ApartPump(Pump):
+    """See the module's docstring."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._carrier = Carrier(self._settings, self._provider, self._mailbox.send, self._resolve)
+        self._thread = Thread(self._carrier.run, "queue-carrier")
+        self._log_keeps_leases = not self._provider.capabilities.leases_expire
+        self._reports = Reports()
+        self._is_up = False
+        self._is_declared = False
+        self._is_activated = False
+        self._was_down = False
+        self._has_backlog = True
+        self._is_sweeping = False
+        # by number, when it was reserved; and what only the log keeps
+        self._began: dict[int, float] = {}
+        self._detached: set[int] = set()
+        self._renew_at = 0.0
+        self._sweep_at = 0.0
+        self._alone_at = 0.0
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            Published: self._take_published,
+            Unpublished: self._take_unpublished,
+            Reserved: self._take_reserved,
+            Up: self._take_up,
+            Down: self._take_down,
+            Declared: self._take_declared,
+            Crashed: self._take_crashed,
+            Consume: self._take_consume,
+            Check: self._tell,
+            StopConsuming: self._tell,
+        }
+
+    def run(self) -> None:
+        self._thread.start()
+        super().run()
+
+    @property
+    def _handover(self) -> Handover:
+        return Handover(
+            backlog.PUBLISH_SECONDS,
+            is_open=not self._is_direct,
+            fans_out=self._provider.capabilities.fans_out,
+        )
+
+    @property
+    def _is_direct(self) -> bool:
+        """Whether what is dispatched now may be published next: nothing older waits."""
+        return self._is_up and not self._has_backlog
+
+    @property
+    def _may_sweep(self) -> bool:
+        return self._is_up and not self._is_sweeping
+
+    # --- waiting
+
+    def _wait(self) -> None:
+        self._mailbox.inbox.wait(max(0.0, self._next_timer() - monotonic()))
+
+    def _next_timer(self) -> float:
+        timers = [self._sweep_at if self._may_sweep else monotonic() + SWEEP_SECONDS]
+        if not self._connected or self._unsaved or self._reports:
+            timers.append(monotonic() + RECONNECT_SECONDS)
+        if self._mine:
+            timers.append(self._sign_at)
+        if self._log_keeps_leases and self._active:
+            timers.append(self._renew_at)
+        if self._die_at is not None:
+            timers.append(self._die_at)
+        return min(timers)
+
+    # --- one turn
+
+    def _obey(self, command: Any) -> None:
+        self._handlers[type(command)](command)
+
+    def _take_published(self, report: Published) -> None:
+        self._is_sweeping &= not report.is_backlog
+        homeless = {id(each) for each in report.homeless}
+        for each in report.deliveries:
+            # what no subscription wants is done with; what has one is tried again later
+            if id(each) not in homeless or not each.seq:
+                self._reports.published.append(each)
+
+    def _take_unpublished(self, report: Unpublished) -> None:
+        self._is_sweeping &= not report.is_backlog
+        self._reports.unpublished += report.deliveries
+        self._has_backlog = True
+
+    def _take_reserved(self, report: Reserved) -> None:
+        self._reports.reserved += report.leases
+
+    def _take_up(self, _report: Up) -> None:
+        if self._was_down:
+            self._say(logging.WARNING, "provider is reachable again")
+        self._is_up, self._was_down = True, False
+        self._has_backlog, self._sweep_at = True, 0.0
+
+    def _take_down(self, report: Down) -> None:
+        self._is_up, self._was_down = False, True
+        self._say(logging.ERROR, "provider unreachable: %s", report.reason)
+
+    def _take_declared(self, _report: Declared) -> None:
+        self._is_declared = True
+
+    def _take_consume(self, command: Consume) -> None:
+        self._consuming = command
+
+    def _take_crashed(self, report: Crashed) -> None:
+        raise report.error
+
+    def _connect(self) -> None:
+        if not self._connected:
+            self._prepare_tables()
+            self._connected = True
+            self._say_reachable()
+        if self._consuming is None:
+            return
+        if not self._is_registered:
+            self._announce(self._consuming)
+        if self._is_declared and not self._is_activated:
+            self._activate(self._consuming)
+
+    def _announce(self, wanted: Consume) -> None:
+        # the provider has to have its queues before anybody dispatches to them
+        mine = self._database.run(lambda tx: subscriptions.announce(tx, wanted.subscriptions))
+        if mine != self._mine:
+            self._is_declared = False
+            self._carrier.inbox.send(Declare(mine, wanted.batches, wanted.workers))
+        self._mine, self._is_registered, self._is_activated = mine, True, False
+
+    def _activate(self, wanted: Consume) -> None:
+        self._database.run(lambda tx: subscriptions.activate(tx, self._mine))
+        self._is_activated = True
+        self._sign_at = monotonic() + SIGN_SECONDS
+        self._mailbox.answer(wanted.on_registered, self._mine)
+
+    def _do(self, turn: Turn) -> None:
+        reports, self._reports = self._reports, Reports()
+        has_sweep = self._may_sweep and monotonic() >= self._sweep_at
+        if not (turn.appends or turn.outcomes or reports or has_sweep):
+            return
+        full = ApartTurn(turn.appends, turn.outcomes, reports=reports, has_sweep=has_sweep)
+        try:
+            self._database.run(partial(self._all_steps, full), durable=bool(turn.appends))
+        except CommitUncertainError as exc:
+            self._reports = reports
+            self._resolve_uncertain(full, exc)
+        except BaseException:
+            self._reports = reports
+            raise
+        else:
+            self._answer(full)
+        turn.appends, turn.outcomes = full.appends, full.outcomes
+
+    def _all_steps(self, turn: ApartTurn, tx: Transaction) -> None:
+        self._store(tx, turn)
+        if turn.stored and self._log_keeps_leases:
+            attempts.let_go(tx, turn.stored)
+            backlog.give_back(tx, [x.lease.delivery for x in turn.stored if self._is_again(x)])
+        if turn.reports.published:
+            backlog.published(tx, turn.reports.published)
+        if turn.reports.unpublished:
+            backlog.give_back(tx, turn.reports.unpublished)
+        self._begin(tx, turn)
+        if turn.has_sweep:
+            self._sweep(tx, turn)
+        refresh(tx, turn.touched)
+
+    def _is_again(self, outcome: Outcome) -> bool:
+        """Whether nobody but the log has it, and it is to be handled again."""
+        is_open = outcome.status in (DeliveryStatus.RETRY, DeliveryStatus.PENDING)
+        return is_open and outcome.lease.delivery.seq in self._detached
+
+    def _begin(self, tx: Transaction, turn: ApartTurn) -> None:
+        turn.started = attempts.Started()
+        reserved = turn.reports.reserved
+        if not reserved:
+            return
+        leases = adoption.adopt(tx, reserved, self._settings.retries.limit)
+        turn.adopted = {x.key for x in reserved if not x.delivery.seq}
+        turn.touched |= {lease.delivery.message.id for lease in leases}
+        held_for = self._settings.lease if self._log_keeps_leases else 0.0
+        turn.started = attempts.start(
+            tx, leases, self._worker, running=self._active.keys(), held_for=held_for
+        )
+
+    def _sweep(self, tx: Transaction, turn: ApartTurn) -> None:
+        backlog.recover(tx)
+        turn.taken = backlog.take(tx)
+        if self._provider.capabilities.fans_out and monotonic() >= self._alone_at:
+            self._alone_at = monotonic() + ALONE_SECONDS
+            turn.taken += backlog.alone(tx)
+
+    # --- what follows, once it is stored
+
+    def _answer(self, turn: ApartTurn) -> None:
+        self._confirm(turn)
+        self._publish(turn)
+        self._settle(turn)
+        self._resume(turn.started.resumed)
+        self._detach([x for x in turn.started.run if x.key in turn.adopted])
+        if turn.started.run:
+            if not self._active:
+                self._renew_at = monotonic() + self._settings.lease / 3
+            now = monotonic()
+            self._began |= {lease.delivery.seq: now for lease in turn.started.run}
+            self._active |= {lease.delivery.seq: lease for lease in turn.started.run}
+            self._mailbox.answer(self._on_leases, turn.started.run)
+
+    def _publish(self, turn: ApartTurn) -> None:
+        if turn.new and self._is_direct:
+            self._tell(Publish(turn.new))
+        if turn.has_sweep:
+            self._sweep_at = monotonic() + SWEEP_SECONDS
+            self._has_backlog = self._is_sweeping = bool(turn.taken)
+            if turn.taken:
+                self._sweep_at = 0.0
+                self._tell(Publish(turn.taken, is_backlog=True))
+
+    def _settle(self, turn: ApartTurn) -> None:
+        """Tell the provider how attempts ended; a refused one comes again, for the log to say."""
+        settlements = [x.settlement() for x in turn.stored if not self._is_detached(x)]
+        settlements += [Settlement(x.lease, SettleAction.RELEASE) for x in turn.refused]
+        settlements += turn.started.settled
+        if settlements:
+            self._tell(Settle(settlements))
+        detached = [x for x in turn.stored if self._is_detached(x)]
+        if detached:
+            self._tell(Free([x.lease.key for x in detached]))
+            self._sweep_at = 0.0
+        for outcome in [*turn.stored, *turn.refused]:
+            self._began.pop(outcome.lease.delivery.seq, None)
+            self._detached.discard(outcome.lease.delivery.seq)
+
+    def _is_detached(self, outcome: Outcome) -> bool:
+        return outcome.lease.delivery.seq in self._detached
+
+    def _resume(self, resumed: list[Lease]) -> None:
+        """Go on with what was lost and came back to where it runs."""
+        for lease in resumed:
+            before = self._active[lease.delivery.seq]
+            if before.key != lease.key:
+                self._tell(Free([before.key]))
+            self._active[lease.delivery.seq] = lease
+
+    def _detach(self, leases: list[Lease]) -> None:
+        if leases:
+            self._detached |= {lease.delivery.seq for lease in leases}
+            self._tell(Detach(leases))
+
+    def _tell(self, command: Any) -> None:
+        self._carrier.inbox.send(command)
+
+    def _resolve(self, promise: Promise, value: bool) -> None:
+        self._mailbox.answer(promise.resolve, value)
+
+    # --- leases and signs of life
+
+    def _keep_up(self) -> None:
+        now = monotonic()
+        if self._log_keeps_leases and self._active and now >= self._renew_at:
+            self._renew_at = now + self._settings.lease / 3
+            self._database.run(self._hold, durable=False)
+            self._detach(self._overlong(now))
+        if self._is_activated and now >= self._sign_at:
+            self._sign_at = now + SIGN_SECONDS
+            if gone := self._database.run(self._sign, durable=False):
+                self._tell(Forget(gone))
+
+    def _hold(self, tx: Transaction) -> None:
+        attempts.hold(tx, list(self._active), self._worker, self._settings.lease)
+
+    def _overlong(self, now: float) -> list[Lease]:
+        """Return what runs for so long that its server would take it back."""
+        longest = self._provider.longest_lease
+        return [
+            lease
+            for seq, lease in self._active.items()
+            if longest and now - self._began[seq] > longest and seq not in self._detached
+        ]
+
+    def _sign(self, tx: Transaction) -> list[Subscription]:
+        subscriptions.sign(tx, [subscription.id for subscription in self._mine])
+        return subscriptions.retire_forgotten(tx)
+
+    # --- single calls
+
+    def _call(self, call: Call) -> None:
+        try:
+            value = self._database.run(partial(self._call_and_queue, call))
+        except (QueueError, SQLAlchemyError) as exc:
+            self._mailbox.answer(call.promise.reject, exc)
+        else:
+            self._sweep_at = 0.0
+            self._mailbox.answer(call.promise.resolve, value)
+
+    @staticmethod
+    def _call_and_queue(call: Call, tx: Transaction) -> Any:
+        value, new = call.function(tx)
+        backlog.give_back(tx, new)
+        return value
+
+    # --- the end
+
+    def _end(self) -> None:
+        self._reports.reserved.clear()  # not begun: they are handed back as they are
+        super()._end()
+        self._tell(Finish())
+        self._thread.join_natively(FINISH_SECONDS)
+        for command in self._mailbox.inbox.take():
+            if isinstance(command, Published | Unpublished):
+                self._obey(command)
+        self._is_up = False
+        with contextlib.suppress(StoreUnavailableError):
+            self._do(Turn())
+
+    def _consume_nothing(self) -> None:
+        self._tell(StopConsuming())
+
+    def _retire(self, own: list[Subscription]) -> None:
+        self._database.run(lambda tx: subscriptions.retire(tx, [s.id for s in own]))
+        self._tell(Forget(own))
+
+    def _close(self) -> None:
+        self._tell(Finish())

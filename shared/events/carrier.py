@@ -1,0 +1,263 @@
+"""The native thread that owns a provider with storage of its own: a broker.
+
+It publishes, reserves, renews and settles what the pump tells it to, and tells the pump
+what came of it. So a broker that is away or slow holds up nobody who dispatches, and a
+database that is slow lets no lease run out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any
+
+from shared.errors import ProviderError
+from shared.events.commands import (
+    Check,
+    Crashed,
+    Declare,
+    Declared,
+    Detach,
+    Down,
+    Finish,
+    Forget,
+    Free,
+    Publish,
+    Published,
+    Reserved,
+    Settle,
+    StopConsuming,
+    Unpublished,
+    Up,
+)
+from shared.native import Inbox, Promise
+from shared.providers import QueueProvider
+from shared.settings import Settings
+from shared.types import Delivery, Lease, SettleAction, Settlement, Subscription
+
+RECONNECT_SECONDS = 0.5
+"""How long to wait before a broker that went away is tried again."""
+
+IDLE_SECONDS = 60.0
+"""How long it waits at most without anything to do."""
+
+
+class Carrier:
+    """See the module's docstring.
+
+    :param report: gives the pump a report; called from this thread.
+    :param answer: has a promise resolved on the hub.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        provider: QueueProvider,
+        report: Callable[[Any], None],
+        answer: Callable[[Promise, bool], None],
+    ) -> None:
+        self.inbox = Inbox()
+        self._settings = settings
+        self._provider = provider
+        self._report = report
+        self._answer = answer
+        self._mine: list[Subscription] = []
+        self._batches: dict[int, int] = {}
+        self._workers = 0
+        self._is_declared = True
+        # by their keys: what it renews, and what occupies workers
+        self._held: dict[Any, Lease] = {}
+        self._busy: dict[Any, Lease] = {}
+        self._unpublished: list[Publish] = []
+        self._unsettled: list[Settlement] = []
+        self._forgotten: list[Subscription] = []
+        self._connected = False
+        self._was_down = False
+        self._connect_at = 0.0
+        self._renew_at = 0.0
+        self._may_have_more = False
+        self._finishing = False
+        self._obey: dict[type, Callable[[Any], None]] = {
+            Publish: self._take_publish,
+            Declare: self._take_declare,
+            Settle: self._take_settle,
+            Free: self._take_free,
+            Detach: self._take_detach,
+            Forget: self._take_forget,
+            Check: self._check,
+            StopConsuming: self._stop_consuming,
+            Finish: self._finish,
+        }
+
+    def run(self) -> None:
+        """Work until told to finish: the thread's main function."""
+        try:
+            while not self._finishing:
+                self._wait()
+                self._turn()
+            self._release_all()
+        except BaseException as exc:
+            self._report(Crashed(exc))
+        finally:
+            self._provider.close()
+            self.inbox.close()
+
+    # --- waiting
+
+    def _wait(self) -> None:
+        interrupt = self.inbox.fileno()
+        if not self._connected:
+            self.inbox.wait(max(0.0, self._connect_at - monotonic()))
+        elif not self._may_have_more:
+            until = self._renew_at if self._held else monotonic() + IDLE_SECONDS
+            with self._losing():
+                timeout = max(0.0, until - monotonic())
+                self._provider.wait(timeout, interrupt, hungry=self._room() > 0)
+
+    def _room(self) -> int:
+        """Return how many workers are free."""
+        if not self._mine:
+            return 0
+        busy: Counter[int] = Counter(x.delivery.subscription_id for x in self._busy.values())
+        return self._workers - sum(-(-n // self._batches.get(x, 1)) for x, n in busy.items())
+
+    # --- one turn
+
+    def _turn(self) -> None:
+        self._may_have_more = False
+        for command in self.inbox.take():
+            self._obey[type(command)](command)
+        if self._connected or monotonic() >= self._connect_at:
+            with self._losing():
+                self._connect()
+                self._publish()
+                self._settle()
+                self._renew()
+                self._reserve()
+                self._forget()
+        if self._unpublished:
+            new, self._unpublished = self._unpublished, []
+            self._report(Unpublished(_all(new), _has_backlog(new)))
+
+    def _take_publish(self, command: Publish) -> None:
+        self._unpublished.append(command)
+
+    def _take_declare(self, command: Declare) -> None:
+        self._mine, self._workers = list(command.subscriptions), command.workers
+        pairs = zip(command.subscriptions, command.batches, strict=True)
+        self._batches = {subscription.id: size for subscription, size in pairs}
+        self._is_declared = False
+
+    def _take_free(self, command: Free) -> None:
+        for key in command.keys:
+            self._busy.pop(key, None)
+
+    def _take_detach(self, command: Detach) -> None:
+        for lease in command.leases:
+            self._held.pop(lease.key, None)
+            self._unsettled.append(Settlement(lease, SettleAction.ACKNOWLEDGE))
+
+    def _take_forget(self, command: Forget) -> None:
+        self._forgotten += command.subscriptions
+
+    def _stop_consuming(self, _command: StopConsuming) -> None:
+        self._workers = 0
+
+    def _finish(self, _command: Finish) -> None:
+        self._workers, self._finishing = 0, True
+
+    def _take_settle(self, command: Settle) -> None:
+        for settlement in command.settlements:
+            self._busy.pop(settlement.lease.key, None)
+            self._held.pop(settlement.lease.key, None)
+        self._unsettled += command.settlements
+
+    def _check(self, command: Check) -> None:
+        self._answer(command.promise, self._connected and self._provider.health_check())
+
+    def _connect(self) -> None:
+        if not self._connected:
+            self._provider.initialize()
+            if self._mine:
+                self._provider.declare(self._mine)
+            self._connected, self._was_down = True, False
+            self._report(Up())
+        if not self._is_declared:
+            self._provider.declare(self._mine)
+            self._is_declared = True
+            self._report(Declared())
+
+    def _publish(self) -> None:
+        if not self._unpublished:
+            return
+        new = _all(self._unpublished)
+        homeless = self._provider.publish(new)
+        self._report(Published(new, homeless, _has_backlog(self._unpublished)))
+        self._unpublished = []
+        self._provider.published(new)
+
+    def _settle(self) -> None:
+        if self._unsettled:
+            # refused is what was lost: the log knows how it ended, and who has it next
+            self._provider.settle(self._unsettled)
+            self._unsettled = []
+
+    def _renew(self) -> None:
+        now = monotonic()
+        if not self._held or now < self._renew_at:
+            return
+        self._renew_at = now + self._settings.lease / 3
+        for lease in self._provider.extend(list(self._held.values())):
+            self._held.pop(lease.key, None)
+
+    def _reserve(self) -> None:
+        room = self._room()
+        if room <= 0:
+            return
+        limits = {x.id: room * self._batches[x.id] for x in self._mine}
+        leases = self._provider.reserve(limits, max(limits.values()))
+        if not leases:
+            return
+        if not self._held:
+            self._renew_at = monotonic() + self._settings.lease / 3
+        by_key = {lease.key: lease for lease in leases}
+        self._held |= by_key
+        self._busy |= by_key
+        self._report(Reserved(leases))
+
+    def _forget(self) -> None:
+        while self._forgotten:
+            self._provider.forget(self._forgotten[0])
+            del self._forgotten[0]
+
+    # --- trouble
+
+    @contextlib.contextmanager
+    def _losing(self) -> Iterator[None]:
+        """Take the provider to be away when something within fails."""
+        try:
+            yield
+        except ProviderError as exc:
+            self._connect_at = monotonic() + RECONNECT_SECONDS
+            if self._connected or not self._was_down:
+                self._report(Down(str(exc)))
+            self._was_down, self._connected = True, False
+
+    # --- the end
+
+    def _release_all(self) -> None:
+        """Hand back what was reserved and not begun."""
+        rest = [Settlement(lease, SettleAction.RELEASE) for lease in self._held.values()]
+        with contextlib.suppress(ProviderError):
+            if self._connected and rest:
+                self._provider.settle(rest)
+
+
+def _all(new: list[Publish]) -> list[Delivery]:
+    return [delivery for each in new for delivery in each.deliveries]
+
+
+def _has_backlog(new: list[Publish]) -> bool:
+    return any(each.is_backlog for each in new)

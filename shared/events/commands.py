@@ -1,0 +1,159 @@
+"""What the hub, the pump and the carrier tell each other to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shared.database import Transaction
+from shared.native import Promise
+from shared.types import Delivery, Envelope, Lease, Settlement, Subscription
+
+# --- hub to pump
+
+
+@dataclass(slots=True)
+class Append:
+    """Store these events; the promise is resolved once they are."""
+
+    envelopes: Sequence[Envelope]
+    promise: Promise
+    again: bool = False
+
+
+@dataclass(slots=True)
+class Call:
+    """Do something within a transaction of its own; deliveries that it returns are published."""
+
+    function: Callable[[Transaction], tuple[Any, list[Delivery]]]
+    promise: Promise
+
+
+@dataclass(slots=True)
+class Consume:
+    """Consume these subscriptions, with so many workers; tell the hub once they are registered.
+
+    ``batches`` says for each how many of its deliveries one worker takes together.
+    """
+
+    subscriptions: Sequence[Subscription]
+    batches: Sequence[int]
+    workers: int
+    on_registered: Callable[[list[Subscription]], None]
+
+
+@dataclass(slots=True)
+class Check:
+    """Say whether the provider answers."""
+
+    promise: Promise
+
+
+@dataclass(slots=True)
+class StopConsuming:
+    """Reserve nothing more."""
+
+
+@dataclass(slots=True)
+class Finish:
+    """Store what is left, hand back what still runs, and end."""
+
+
+# --- pump to carrier (beside Check, StopConsuming and Finish)
+
+
+@dataclass(slots=True)
+class Publish:
+    """Publish these, and say whether it went well."""
+
+    deliveries: list[Delivery]
+    is_backlog: bool = False
+
+
+@dataclass(slots=True)
+class Declare:
+    """Make queues for these, and consume them."""
+
+    subscriptions: Sequence[Subscription]
+    batches: Sequence[int]
+    workers: int
+
+
+@dataclass(slots=True)
+class Settle:
+    """End these leases."""
+
+    settlements: list[Settlement]
+
+
+@dataclass(slots=True)
+class Free:
+    """The workers that had these leases are free; they are settled next."""
+
+    keys: list[Any]
+
+
+@dataclass(slots=True)
+class Detach:
+    """Acknowledge these: from now on the log keeps their leases."""
+
+    leases: list[Lease]
+
+
+@dataclass(slots=True)
+class Forget:
+    """Remove subscriptions that were retired."""
+
+    subscriptions: list[Subscription]
+
+
+# --- carrier to pump
+
+
+@dataclass(slots=True)
+class Declared:
+    """The queues are there."""
+
+
+@dataclass(slots=True)
+class Published:
+    """The provider has these, but for those without a queue there."""
+
+    deliveries: list[Delivery]
+    homeless: list[Delivery]
+    is_backlog: bool
+
+
+@dataclass(slots=True)
+class Unpublished:
+    """The provider may not have these."""
+
+    deliveries: list[Delivery]
+    is_backlog: bool
+
+
+@dataclass(slots=True)
+class Reserved:
+    """These are to be handled."""
+
+    leases: list[Lease]
+
+
+@dataclass(slots=True)
+class Up:
+    """The provider answers."""
+
+
+@dataclass(slots=True)
+class Down:
+    """The provider does not answer."""
+
+    reason: str
+
+
+@dataclass(slots=True)
+class Crashed:
+    """The carrier ended by what nobody expected."""
+
+    error: BaseException

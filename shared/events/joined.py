@@ -1,0 +1,202 @@
+"""The pump whose provider works in the log's own tables: one transaction does it all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from shared.database import CommitUncertainError, Transaction
+from shared.errors import QueueError
+from shared.events.commands import Call, Check, Consume, StopConsuming
+from shared.events.pump import RECONNECT_SECONDS, SIGN_SECONDS, Pump, Turn
+from shared.native import select as wait_readable
+from shared.store import attempts, subscriptions
+from shared.store.log import IN_LOG, Handover
+from shared.store.summary import refresh
+from shared.types import Delivery, Lease, Subscription
+
+
+@dataclass(slots=True)
+class JoinedTurn(Turn):
+    """A turn, and what it reserves."""
+
+    leases: list[Lease] = field(default_factory=list)
+    had_settled: bool = False
+    """Whether some of what was reserved is not to run, so that there is room for more."""
+
+
+class JoinedPump(Pump):
+    """See the module's docstring."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._batches: dict[int, int] = {}
+        self._workers = 0
+        self._may_have_more = False
+        self._renew_at = 0.0
+
+    _handover: Handover = IN_LOG
+
+    # --- waiting
+
+    def _wait(self) -> None:
+        if self._may_have_more and self._room() > 0:
+            return
+        interrupt = self._mailbox.inbox.fileno()
+        timeout = max(0.0, self._next_timer() - monotonic())
+        if self._connected:
+            self._provider.wait(timeout, interrupt, hungry=self._room() > 0)
+        else:
+            wait_readable([interrupt], [], [], timeout)
+
+    def _next_timer(self) -> float:
+        is_behind = self._unsaved or (self._consuming and not self._connected)
+        timers = [monotonic() + RECONNECT_SECONDS if is_behind else self._next_duty()]
+        if self._die_at is not None:
+            timers.append(self._die_at)
+        return min(timers)
+
+    def _next_duty(self) -> float:
+        signs = [self._sign_at] if self._mine else [monotonic() + SIGN_SECONDS]
+        return min(signs + ([self._renew_at] if self._active else []))
+
+    def _room(self) -> int:
+        """Return how many workers are free."""
+        if not self._mine:
+            return 0
+        busy: Counter[int] = Counter(x.delivery.subscription_id for x in self._active.values())
+        return self._workers - sum(-(-n // self._batches.get(x, 1)) for x, n in busy.items())
+
+    # --- one turn
+
+    def _obey(self, command: Any) -> None:
+        match command:
+            case Check():
+                is_up = self._connected and self._provider.health_check()
+                self._mailbox.answer(command.promise.resolve, is_up)
+            case Consume():
+                self._consuming, self._workers = command, command.workers
+            case StopConsuming():
+                self._workers = 0
+
+    def _connect(self) -> None:
+        if not self._connected:
+            self._prepare_tables()
+            self._provider.initialize()
+            self._connected = True
+            self._say_reachable()
+        # again after each interruption: it may be another database by now
+        if self._consuming is not None and not self._is_registered:
+            self._register(self._consuming)
+
+    def _register(self, wanted: Consume) -> None:
+        mine = self._database.run(lambda tx: subscriptions.register(tx, wanted.subscriptions))
+        self._provider.declare(mine)
+        self._mine, self._is_registered = mine, True
+        self._batches = {x.id: size for x, size in zip(mine, wanted.batches, strict=True)}
+        self._sign_at = monotonic() + SIGN_SECONDS
+        self._may_have_more = True
+        self._mailbox.answer(wanted.on_registered, mine)
+
+    def _do(self, turn: Turn) -> None:
+        if not turn.appends and not turn.outcomes and self._room() <= 0:
+            return
+        full = JoinedTurn(turn.appends, turn.outcomes)
+        try:
+            # an outcome lost to a power failure is a delivery that comes again
+            self._database.run(partial(self._all_steps, full), durable=bool(turn.appends))
+        except CommitUncertainError as exc:
+            self._resolve_uncertain(full, exc)
+        else:
+            self._answer(full)
+        turn.appends, turn.outcomes = full.appends, full.outcomes
+        if full.new:
+            self._provider.published(full.new)
+
+    def _all_steps(self, turn: JoinedTurn, tx: Transaction) -> None:
+        self._store(tx, turn)
+        self._move(tx, turn)
+        self._begin(tx, turn)
+        refresh(tx, turn.touched)
+
+    def _move(self, tx: Transaction, turn: JoinedTurn) -> None:
+        turn.leases = []
+        if turn.new:
+            self._provider.publish(turn.new, tx)
+        if turn.stored:
+            self._provider.settle([outcome.settlement() for outcome in turn.stored], tx)
+        room = self._room()
+        if room > 0:
+            limits = {x.id: room * self._batches[x.id] for x in self._mine}
+            turn.leases = self._provider.reserve(limits, max(limits.values()), tx)
+
+    def _begin(self, tx: Transaction, turn: JoinedTurn) -> None:
+        if not turn.leases:
+            return
+        turn.touched |= {lease.delivery.message.id for lease in turn.leases}
+        started = attempts.start(tx, turn.leases, self._worker)
+        turn.leases = started.run
+        turn.had_settled = bool(started.settled)
+        if started.settled:
+            self._provider.settle(started.settled, tx)
+
+    def _answer(self, turn: JoinedTurn) -> None:
+        self._may_have_more = turn.had_settled
+        self._confirm(turn)
+        if turn.leases:
+            if not self._active:
+                self._renew_at = monotonic() + self._settings.lease / 3
+            self._active |= {lease.delivery.seq: lease for lease in turn.leases}
+            self._mailbox.answer(self._on_leases, turn.leases)
+
+    # --- leases and signs of life
+
+    def _keep_up(self) -> None:
+        now = monotonic()
+        if self._active and now >= self._renew_at:
+            self._renew_at = now + self._settings.lease / 3
+            leases = list(self._active.values())
+            extend = partial(self._provider.extend, leases)
+            self._say_lost(self._database.run(extend, durable=False))
+        if self._mine and now >= self._sign_at:
+            self._sign_at = now + SIGN_SECONDS
+            self._database.run(self._sign, durable=False)
+
+    def _sign(self, tx: Transaction) -> None:
+        subscriptions.sign(tx, [subscription.id for subscription in self._mine])
+        subscriptions.retire_forgotten(tx)
+
+    # --- single calls
+
+    def _call(self, call: Call) -> None:
+        try:
+            value, new = self._database.run(partial(self._call_and_publish, call))
+            if new:
+                self._provider.published(new)
+        except (QueueError, SQLAlchemyError) as exc:
+            self._mailbox.answer(call.promise.reject, exc)
+        else:
+            self._mailbox.answer(call.promise.resolve, value)
+
+    def _call_and_publish(self, call: Call, tx: Transaction) -> tuple[Any, Sequence[Delivery]]:
+        value, new = call.function(tx)
+        if new:
+            self._provider.publish(new, tx)
+        return value, new
+
+    # --- the end
+
+    def _consume_nothing(self) -> None:
+        self._workers = 0
+
+    def _retire(self, own: list[Subscription]) -> None:
+        self._database.run(lambda tx: subscriptions.retire(tx, [s.id for s in own]))
+
+    def _close(self) -> None:
+        self._provider.close()
