@@ -24,7 +24,7 @@ from shared.errors import PayloadError, SettingsError
 from shared.lifecycle import Backoff
 from shared.types import MAX_RETRIES_LIMIT, check_name
 
-BUILT_IN_PROVIDERS = ("embedded",)
+BUILT_IN_PROVIDERS = ("embedded", "redis")
 
 LARGEST_SECONDS = 86_400.0
 """A day: nobody waits longer for a lease, a stop or a retry."""

@@ -54,7 +54,7 @@ SWEEP_SECONDS = 10.0
 ALONE_SECONDS = 60.0
 """How often messages are looked for that no subscription wants and nobody published."""
 
-FINISH_SECONDS = 5.0
+FINISH_SECONDS = 3.0
 """How long the provider may take for what is left to be told to it."""
 
 
@@ -390,8 +390,7 @@ class ApartPump(Pump):
     def _end(self) -> None:
         self._reports.reserved.clear()  # not begun: they are handed back as they are
         super()._end()
-        self._tell(Finish())
-        self._thread.join_natively(FINISH_SECONDS)
+        self._close()
         for command in self._mailbox.inbox.take():
             if isinstance(command, Published | Unpublished):
                 self._obey(command)
@@ -408,3 +407,4 @@ class ApartPump(Pump):
 
     def _close(self) -> None:
         self._tell(Finish())
+        self._thread.join_natively(FINISH_SECONDS)

@@ -102,7 +102,6 @@ class Carrier:
             self._report(Crashed(exc))
         finally:
             self._provider.close()
-            self.inbox.close()
 
     # --- waiting
 

@@ -18,9 +18,10 @@ from shared.events.apart import ApartPump
 from shared.events.commands import Append, Call, Check, Consume, Finish, StopConsuming
 from shared.events.joined import JoinedPump
 from shared.events.pump import Pump
+from shared.events.unlogged import UnloggedPump
 from shared.lifecycle import DeliveryStatus
 from shared.native import Mailbox, Promise, Thread
-from shared.providers import make_provider, provider_class
+from shared.providers import check_provider, make_provider
 from shared.settings import Settings, refuse_start, settings_or_exit
 from shared.types import Delivery, Envelope, Failure, Lease, Outcome, Subscription
 
@@ -37,6 +38,9 @@ HEALTH_SECONDS = 3.0
 
 FINISH_SECONDS = 10.0
 """How long a stop waits for the last outcomes to be stored."""
+
+
+WITHOUT_LOG = "QUEUE_LOG=off: events are not stored, not relayed after an outage, not counted"
 
 
 class QueueClient(SharedExtension):
@@ -59,7 +63,7 @@ class QueueClient(SharedExtension):
         # read while the container is made: the process can still end with a status
         instance.settings = settings_or_exit(container.config)
         try:
-            provider_class(instance.settings)
+            check_provider(instance.settings)
         except SettingsError as exc:
             refuse_start(exc)
         return instance
@@ -146,9 +150,13 @@ class QueueClient(SharedExtension):
 
     # --- within
 
-    def _make_pump(self) -> Pump:
+    def _make_pump(self) -> Pump | UnloggedPump:
         provider = make_provider(self.settings)
-        kind = JoinedPump if provider.capabilities.joins_log else ApartPump
+        kind: type[Pump | UnloggedPump] = ApartPump
+        if not self.settings.log:
+            kind = UnloggedPump
+        elif provider.capabilities.joins_log:
+            kind = JoinedPump
         return kind(self.settings, provider, self._mailbox, self._take, _log.log, self._crash)
 
     def _consume(self) -> None:
@@ -169,11 +177,12 @@ class QueueClient(SharedExtension):
         _log.warning("the message log does not answer yet; work begins when it does")
 
     def _say_ready(self) -> None:
+        database = database_url(self.settings).render_as_string(hide_password=True)
         _log.info(
             "%s: queue ready provider=%s database=%s subscriptions=%d",
             self.container.service_name,
             self.settings.provider,
-            database_url(self.settings).render_as_string(hide_password=True),
+            database if self.settings.log else f"none ({WITHOUT_LOG})",
             len(self._handlers),
         )
 

@@ -15,7 +15,7 @@ from shared.database import database_url, make_reader, utc_now
 from shared.errors import StoreUnavailableError
 from shared.events.client import QueueClient
 from shared.events.dispatcher import make_envelope
-from shared.settings import settings_or_exit
+from shared.settings import refuse_start, settings_or_exit
 from shared.store import log, queries
 
 
@@ -26,6 +26,8 @@ class LogReader(SharedExtension):
 
     def setup(self) -> None:
         settings = settings_or_exit(self.container.config)
+        if not settings.log:
+            refuse_start(f"QUEUE_LOG: must be on for {self.container.service_name}, which reads it")
         self._engine = make_reader(database_url(settings), eventlet.sleep)
 
     def stop(self) -> None:

@@ -6,9 +6,19 @@ from shared.errors import SettingsError
 from shared.providers.base import Capabilities, QueueProvider, SubscriptionStats
 from shared.settings import Settings
 
-__all__ = ["Capabilities", "QueueProvider", "SubscriptionStats", "make_provider", "provider_class"]
+__all__ = [
+    "Capabilities",
+    "QueueProvider",
+    "SubscriptionStats",
+    "check_provider",
+    "make_provider",
+    "provider_class",
+]
 
-_CLASSES = {"embedded": "shared.providers.embedded:EmbeddedProvider"}
+_CLASSES = {
+    "embedded": "shared.providers.embedded:EmbeddedProvider",
+    "redis": "shared.providers.redis:RedisProvider",
+}
 
 
 def provider_class(settings: Settings) -> type[QueueProvider]:
@@ -21,6 +31,19 @@ def provider_class(settings: Settings) -> type[QueueProvider]:
     if not (isinstance(found, type) and issubclass(found, QueueProvider)):
         raise SettingsError(f"QUEUE_PROVIDER: {settings.provider} must be a QueueProvider")
     return found
+
+
+def check_provider(settings: Settings) -> None:
+    """See that the settings name a provider, which can do what they ask of it.
+
+    :raises SettingsError: when not.
+    """
+    capabilities = provider_class(settings).capabilities
+    if not settings.log and not capabilities.fans_out:
+        raise SettingsError(
+            f"QUEUE_LOG: must be on where QUEUE_PROVIDER is {settings.provider}, which does not "
+            "know by itself who subscribed"
+        )
 
 
 def make_provider(settings: Settings) -> QueueProvider:

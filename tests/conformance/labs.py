@@ -54,7 +54,7 @@ class OnRedis(ProviderLab):
         return lab
 
     def options(self) -> Mapping[str, str]:
-        return {"QUEUE_PROVIDER": "shared.providers.redis:RedisProvider"}
+        return {"QUEUE_PROVIDER": "redis"}
 
     def clear(self) -> None:
         self.server.empty()

@@ -154,6 +154,29 @@ def flow(tmp_path: Path) -> Iterator[Flow]:
     made.close()
 
 
+def _embedded(_request: pytest.FixtureRequest) -> Mapping[str, str]:
+    return {}
+
+
+def _redis(request: pytest.FixtureRequest) -> Mapping[str, str]:
+    server = request.getfixturevalue("redis_server")
+    server.empty()
+    log = request.getfixturevalue("mariadb_log")
+    return {"QUEUE_PROVIDER": "redis", **server.environment, **log}
+
+
+BACKENDS = {"embedded": _embedded, "redis": _redis}
+"""What the straight way of an event has to be the same on: SQLite alone, or a broker and MariaDB."""
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend_flow(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Flow]:
+    """A flow on each provider."""
+    made = Flow(tmp_path, dict(BACKENDS[request.param](request)))
+    yield made
+    made.close()
+
+
 @pytest.fixture(autouse=True)
 def _show_logs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     """Print what the processes said, when the test failed."""

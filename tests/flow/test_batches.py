@@ -8,6 +8,12 @@ from shared.events import Backoff, MessageContext, event_handler
 
 pytestmark = pytest.mark.flow
 
+
+@pytest.fixture
+def flow(backend_flow):
+    return backend_flow
+
+
 BATCHES = []
 
 

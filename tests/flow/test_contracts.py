@@ -15,6 +15,12 @@ from shared.types import Envelope, new_message_id
 
 pytestmark = pytest.mark.flow
 
+
+@pytest.fixture
+def flow(backend_flow):
+    return backend_flow
+
+
 HANDLED = []
 
 

@@ -11,6 +11,12 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow
 
+
+@pytest.fixture
+def flow(backend_flow):
+    return backend_flow
+
+
 RECORDER = "tests.flow.apps.recorder"
 GROUPS = "tests.flow.apps.groups"
 

@@ -10,8 +10,7 @@ RECORDER = "tests.flow.apps.recorder"
 
 
 def test_a_worker_goes_on_when_redis_is_back(flow_on, redis_server):
-    provider = {"QUEUE_PROVIDER": "shared.providers.redis:RedisProvider"}
-    flow = flow_on({**provider, **redis_server.environment})
+    flow = flow_on({"QUEUE_PROVIDER": "redis", **redis_server.environment})
     worker = flow.run(RECORDER)
     ids = [
         message_id

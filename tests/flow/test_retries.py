@@ -8,6 +8,12 @@ from tests.flow.apps.recorder import FAST
 
 pytestmark = pytest.mark.flow
 
+
+@pytest.fixture
+def flow(backend_flow):
+    return backend_flow
+
+
 RECORDER = "tests.flow.apps.recorder"
 
 

@@ -11,6 +11,12 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow
 
+
+@pytest.fixture
+def flow(backend_flow):
+    return backend_flow
+
+
 RECORDER = "tests.flow.apps.recorder"
 SABOTEUR = "tests.flow.apps.saboteur"
 
@@ -65,7 +71,8 @@ def test_a_second_signal_loses_no_outcome(flow, second):
     assert [flow.message(message_id)["status"] for message_id in ids] == ["completed"] * 5
 
 
-def test_a_database_that_was_removed_is_noticed(flow):
+def test_a_database_that_was_removed_is_noticed(flow_on):
+    flow = flow_on({})
     worker = flow.run(RECORDER)
     first = flow.send("thing.happened", {})
     flow.wait_for_status(first, "completed")
