@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import eventlet
+from nameko import events as nameko_events
 from nameko.testing.services import dummy
 
 from shared.events import EventDispatcher, event_handler
@@ -60,6 +61,45 @@ class Consumer:
         pass
 
     @event_handler("auth_events", "probe.sent")
+    def probe(self, payload):
+        with Path(os.environ["PROBES"]).open("a") as file:
+            file.write(json.dumps(time.time() - payload["at"]) + "\n")
+
+
+class PlainProducer:
+    name = "auth_events"
+
+    dispatch = nameko_events.EventDispatcher()
+
+    @dummy
+    def many(self, count, size):
+        self.singly(count)
+
+    @dummy
+    def singly(self, count):
+        for _ in range(count):
+            self.dispatch("user.registered", REGISTRATION)
+
+    @dummy
+    def steadily(self, count, seconds):
+        start = time.monotonic()
+        for n in range(count):
+            time.sleep(max(0, start + n * seconds - time.monotonic()))
+            self.dispatch("probe.sent", {"at": time.time()})
+
+
+COUNT = Path(os.environ.get("PROBES", "/dev/null")).with_name("probes.count")
+
+
+class PlainConsumer:
+    name = "consumer"
+
+    @nameko_events.event_handler("auth_events", "user.registered")
+    def register(self, payload):
+        with COUNT.open("ab") as file:
+            file.write(b".")
+
+    @nameko_events.event_handler("auth_events", "probe.sent")
     def probe(self, payload):
         with Path(os.environ["PROBES"]).open("a") as file:
             file.write(json.dumps(time.time() - payload["at"]) + "\n")

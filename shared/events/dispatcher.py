@@ -6,13 +6,20 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
-from nameko.extensions import DependencyProvider
+from nameko.constants import AMQP_SSL_CONFIG_KEY, LOGIN_METHOD_CONFIG_KEY
+from nameko.events import EventDispatcher as NamekoEventDispatcher
+from nameko.events import get_event_exchange
 
 from shared.contracts import DEFAULT_VERSION, contracts
-from shared.errors import LONGEST_DELAY_SECONDS, DispatchError, PayloadError
+from shared.errors import (
+    LONGEST_DELAY_SECONDS,
+    DispatchError,
+    PayloadError,
+    UnsupportedByProviderError,
+)
 from shared.events.client import QueueClient
 from shared.events.relay import Relay
 from shared.settings import Settings, refuse_start
@@ -145,8 +152,12 @@ class Dispatch:
         )
 
 
-class EventDispatcher(DependencyProvider):
+class EventDispatcher(NamekoEventDispatcher):
     """Injects :class:`Dispatch`.
+
+    Takes what nameko's takes. How an event is published is not for its options to say,
+    since that happens after it is stored, persistently and with confirms; ``declare`` and
+    the others hold for ``publisher``, which is nameko's own where the provider is RabbitMQ.
 
     Example::
 
@@ -161,6 +172,29 @@ class EventDispatcher(DependencyProvider):
 
     queue_client = QueueClient()
     _relay: Relay | None = None
+
+    @property
+    def amqp_uri(self) -> str:
+        return self.queue_client.settings.rabbitmq_uri
+
+    @cached_property
+    def publisher(self) -> Any:
+        """nameko's own publisher to the service's exchange: past the log, for what is no event.
+
+        :raises UnsupportedByProviderError: when the provider is not RabbitMQ.
+        """
+        if self.queue_client.settings.provider != "rabbitmq":
+            raise UnsupportedByProviderError("publisher: there is none but on RabbitMQ")
+        self.exchange = get_event_exchange(self.container.service_name, self.container.config)
+        config = self.container.config
+        return self.publisher_cls(
+            self.amqp_uri,
+            exchange=self.exchange,
+            declare=[*self.declare, self.exchange],
+            ssl=config.get(AMQP_SSL_CONFIG_KEY),
+            login_method=config.get(LOGIN_METHOD_CONFIG_KEY),
+            **{"serializer": self.serializer, **self.options},
+        )
 
     def setup(self) -> None:
         settings = self.queue_client.settings
