@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 from nameko.constants import AMQP_SSL_CONFIG_KEY, LOGIN_METHOD_CONFIG_KEY
@@ -14,12 +14,7 @@ from nameko.events import EventDispatcher as NamekoEventDispatcher
 from nameko.events import get_event_exchange
 
 from shared.contracts import DEFAULT_VERSION, contracts
-from shared.errors import (
-    LONGEST_DELAY_SECONDS,
-    DispatchError,
-    PayloadError,
-    UnsupportedByProviderError,
-)
+from shared.errors import LONGEST_DELAY_SECONDS, DispatchError, PayloadError
 from shared.events.client import QueueClient
 from shared.events.relay import Relay
 from shared.settings import Settings, refuse_start
@@ -177,25 +172,6 @@ class EventDispatcher(NamekoEventDispatcher):
     def amqp_uri(self) -> str:
         return self.queue_client.settings.rabbitmq_uri
 
-    @cached_property
-    def publisher(self) -> Any:
-        """nameko's own publisher to the service's exchange: past the log, for what is no event.
-
-        :raises UnsupportedByProviderError: when the provider is not RabbitMQ.
-        """
-        if self.queue_client.settings.provider != "rabbitmq":
-            raise UnsupportedByProviderError("publisher: there is none but on RabbitMQ")
-        self.exchange = get_event_exchange(self.container.service_name, self.container.config)
-        config = self.container.config
-        return self.publisher_cls(
-            self.amqp_uri,
-            exchange=self.exchange,
-            declare=[*self.declare, self.exchange],
-            ssl=config.get(AMQP_SSL_CONFIG_KEY),
-            login_method=config.get(LOGIN_METHOD_CONFIG_KEY),
-            **{"serializer": self.serializer, **self.options},
-        )
-
     def setup(self) -> None:
         settings = self.queue_client.settings
         source = self.container.service_name
@@ -209,6 +185,21 @@ class EventDispatcher(NamekoEventDispatcher):
                 f"QUEUE_SOURCES: {source} and {settings.source_of(queue)} would share the queue "
                 f"{queue}; must give each source a queue of its own"
             )
+        if settings.provider == "rabbitmq":
+            self.publisher = self._make_publisher()
+
+    def _make_publisher(self) -> Any:
+        """Make nameko's own publisher, without connecting: past the log, for what is no event."""
+        config = self.container.config
+        self.exchange = get_event_exchange(self.container.service_name, config)
+        return self.publisher_cls(
+            self.amqp_uri,
+            exchange=self.exchange,
+            declare=[*self.declare, self.exchange],
+            ssl=config.get(AMQP_SSL_CONFIG_KEY),
+            login_method=config.get(LOGIN_METHOD_CONFIG_KEY),
+            **{"serializer": self.serializer, **self.options},
+        )
 
     def start(self) -> None:
         self._relay = Relay.of(self.container, self.queue_client)
