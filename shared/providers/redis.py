@@ -20,10 +20,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import IntEnum
 from functools import cache
 from hashlib import sha1
 from importlib import import_module
+from itertools import compress
 from pathlib import Path
 from time import monotonic
 from typing import Any, Generic, TypeVar
@@ -63,14 +63,10 @@ MOST_REDIRECTIONS = 5
 PLACES = ("waiting", "scheduled", "leases", "dead")
 """The sorted sets of a subscription, in the order of ``lua/_queue.lua``."""
 
+LEASE_LOST = -1
+"""What scripts return for a lease that somebody else has; as in ``lua/_queue.lua``."""
+
 T = TypeVar("T")
-
-
-class Code(IntEnum):
-    """What scripts return instead of a result; as in ``lua/_queue.lua``."""
-
-    LEASE_LOST = -1
-    NOT_DECLARED = -2
 
 
 class RedisProvider(QueueProvider):
@@ -82,7 +78,6 @@ class RedisProvider(QueueProvider):
         self._server: _Server | None = None
         self._listener: _Listener | None = None
         self._mine: dict[int, Subscription] = {}
-        self._queues: dict[int, str] = {}
         # when, by this process's own clock, something becomes due of itself
         self._due = math.inf
         self._turns = 0
@@ -99,11 +94,10 @@ class RedisProvider(QueueProvider):
         self._listener = self._server = None
 
     def declare(self, subscriptions: Sequence[Subscription]) -> None:
-        self._run([c for each in subscriptions for c in self._registration(each)])
+        # nothing to make: a queue is there with what is in it
         self._mine |= {subscription.id: subscription for subscription in subscriptions}
-        self._queues |= {subscription.id: subscription.queue for subscription in subscriptions}
         with _translated(self.settings, self.close):
-            self._listen()
+            self._connect()
 
     def publish(self, deliveries: Sequence[Delivery], tx: Any = None) -> list[Delivery]:
         batches = _batches(deliveries, lambda d: d, lambda d: len(d.message.body) + 500)
@@ -165,8 +159,11 @@ class RedisProvider(QueueProvider):
         return [SubscriptionStats(each.subscriber, *counts[each.id]) for each in subscriptions]
 
     def health_check(self) -> bool:
+        # a cluster may have lost some of its nodes: those that matter are asked
+        queues = {subscription.queue for subscription in self._mine.values()} or {""}
+        keys = [self._keys.deliveries(queue) for queue in queues]
         try:
-            self._run([_Command(self._keys.registry, ("EXISTS", self._keys.registry))])
+            self._run([_Command(key, ("EXISTS", key)) for key in keys])
         except ProviderError:
             return False
         return True
@@ -187,14 +184,8 @@ class RedisProvider(QueueProvider):
 
     def forget(self, subscription: Subscription) -> None:
         self._remove(subscription, *PLACES)
-        keys = self._keys
-        places = (
-            ("HDEL", keys.registry),
-            ("HDEL", keys.subscribers(subscription.queue)),
-            ("SREM", keys.paused(subscription.queue)),
-        )
-        self._run([_Command(key, (command, key, subscription.id)) for command, key in places])
-        self._queues.pop(subscription.id, None)
+        key = self._keys.paused(subscription.queue)
+        self._run([_Command(key, ("SREM", key, subscription.id))])
         self._mine.pop(subscription.id, None)
 
     # --- beyond the interface
@@ -208,13 +199,6 @@ class RedisProvider(QueueProvider):
         return {seq for seq, record in zip(seqs, found, strict=True) if record is not None}
 
     # --- what is said to Redis
-
-    def _registration(self, subscription: Subscription) -> list[_Command]:
-        registry, subscribers = self._keys.registry, self._keys.subscribers(subscription.queue)
-        return [
-            _Command(registry, ("HSET", registry, subscription.id, subscription.queue)),
-            _Command(subscribers, ("HSET", subscribers, subscription.id, subscription.subscriber)),
-        ]
 
     def _publication(self, batch: _Batch[Delivery]) -> _Command:
         args = [
@@ -266,19 +250,6 @@ class RedisProvider(QueueProvider):
             commands.append(_Command(key, wake))
         self._run(commands)
 
-    def _queue_of(self, subscription_id: int) -> str | None:
-        if subscription_id not in self._queues:
-            registry = self._keys.registry
-            [queue] = self._run([_Command(registry, ("HGET", registry, subscription_id))])
-            if queue is None:
-                return None
-            self._queues[subscription_id] = queue
-        return self._queues[subscription_id]
-
-    def _pairs(self, command: str, key: str) -> dict[str, str]:
-        [flat] = self._run([_Command(key, (command, key))])
-        return dict(zip(flat[::2], flat[1::2], strict=True))
-
     # --- whose turn it is
 
     def _in_turn(self, wanted: list[_Wanted]) -> list[_Wanted]:
@@ -290,8 +261,8 @@ class RedisProvider(QueueProvider):
     def _by_queue(self, limits: Mapping[int, int]) -> list[_Wanted]:
         wanted: dict[str, _Wanted] = {}
         for subscription_id, most in limits.items():
-            queue = self._queue_of(subscription_id)
-            if queue is not None:
+            if subscription_id in self._mine:
+                queue = self._mine[subscription_id].queue
                 wanted.setdefault(queue, _Wanted(queue)).limits[subscription_id] = most
         return list(wanted.values())
 
@@ -308,39 +279,26 @@ class RedisProvider(QueueProvider):
         with _translated(self.settings, self.close):
             server = self._connect()
             answers = server.ask(commands)
-            if again := _indices(answers, _is_unknown_script):
+            unknown = [_is_unknown_script(answer) for answer in answers]
+            if any(unknown):
                 _load_scripts(server)
-                self._ask_again(server, commands, answers, again)
-            if again := _indices(answers, lambda answer: answer == Code.NOT_DECLARED):
-                self._register_mine(server)
-                self._ask_again(server, commands, answers, again)
+                again = iter(server.ask(list(compress(commands, unknown))))
+                answers = [
+                    next(again) if is_unknown else answer
+                    for answer, is_unknown in zip(answers, unknown, strict=True)
+                ]
             for answer in answers:
                 if isinstance(answer, Exception):
                     raise answer
             return answers
-
-    @staticmethod
-    def _ask_again(
-        server: _Server, commands: Sequence[_Command], answers: list[Any], again: list[int]
-    ) -> None:
-        new = server.ask([commands[i] for i in again])
-        for i, answer in zip(again, new, strict=True):
-            # still not declared: nobody did, and there is nothing
-            answers[i] = [-1] if answer == Code.NOT_DECLARED else answer
 
     def _connect(self) -> _Server:
         if self._server is None:
             self._server = _connected(_Target.of(self.settings))
             _see_that_it_keeps_keys(self._server)
             _load_scripts(self._server)
-            self._register_mine(self._server)
         self._listen()
         return self._server
-
-    def _register_mine(self, server: _Server) -> None:
-        mine = [c for each in self._mine.values() for c in self._registration(each)]
-        if mine:
-            server.ask(mine)
 
     def _listen(self) -> None:
         channels = {self._keys.channel(each.queue) for each in self._mine.values()}
@@ -375,14 +333,9 @@ class _Keys:
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self.registry = f"{prefix}:{{subscriptions}}"
-        """A hash: subscription -> queue."""
 
     def channel(self, queue: str) -> str:
         return self._key(queue, "wake")
-
-    def subscribers(self, queue: str) -> str:
-        return self._key(queue, "subscribers")
 
     def deliveries(self, queue: str) -> str:
         return self._key(queue, "deliveries")
@@ -392,7 +345,7 @@ class _Keys:
 
     def of(self, queue: str, subscription_ids: Iterable[int]) -> list[str]:
         """Return KEYS, as ``lua/_queue.lua`` says."""
-        shared = ("subscribers", "messages", "deliveries", "settled", "paused")
+        shared = ("messages", "deliveries", "settled", "paused")
         own = [f"{each}:{place}" for each in subscription_ids for place in PLACES]
         return [self._key(queue, name) for name in (*shared, *own)]
 
@@ -466,7 +419,7 @@ def _lost(
         index
         for batch, codes in zip(batches, answers, strict=True)
         for index, code in zip(batch.indices, codes, strict=True)
-        if code == Code.LEASE_LOST
+        if code == LEASE_LOST
     ]
     return [items[index] for index in sorted(lost)]
 
@@ -601,10 +554,6 @@ def _see_that_it_keeps_keys(server: _Server) -> None:
 
 def _is_unknown_script(answer: Any) -> bool:
     return isinstance(answer, _redis().exceptions.NoScriptError)
-
-
-def _indices(answers: Sequence[Any], condition: Callable[[Any], bool]) -> list[int]:
-    return [index for index, answer in enumerate(answers) if condition(answer)]
 
 
 # --- connections

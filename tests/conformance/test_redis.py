@@ -109,16 +109,14 @@ class TestKeys:
     def test_are_as_before_once_everything_is_completed(
         self, provider: RedisProvider, client: Any
     ) -> None:
-        before = set(client.keys())
         for first in range(1, 10_001, 500):
             provider.publish(make_deliveries(500, first=first))
         assert len(acknowledge_all(provider, PLACED.id)) == 10_000
         # what was settled in the last minute is remembered, up to a limit, and forgets itself
         settled = f"nameko:{{{QUEUE}}}:settled"
-        assert set(client.keys()) == before | {settled}
+        assert set(client.keys()) == {settled}
         assert 0 < client.pttl(settled) <= module.SETTLED_MS
         assert client.zcard(settled) <= module.SETTLED_MOST
-        assert len(before) == 2
 
     def test_have_the_prefix_and_the_queue_as_hash_tag(
         self, redis_server: RedisServer, new_provider: NewProvider, client: Any
@@ -131,8 +129,8 @@ class TestKeys:
         provider.pause(PLACED)
         names = set(client.keys())
         start = f"shop:eu:{{{QUEUE}}}:"
-        assert {x for x in names if not x.startswith(start)} == {"shop:eu:{subscriptions}"}
-        assert len(names) == 10
+        assert {x for x in names if not x.startswith(start)} == set()
+        assert len(names) == 8
 
     def test_are_gone_with_a_forgotten_subscription(
         self, provider: RedisProvider, client: Any
@@ -174,7 +172,7 @@ class TestRoundTrips:
         provider.publish([*make_deliveries(5), *make_deliveries(5, first=6, to=PAID)])
         leases = provider.reserve({PLACED.id: 10, PAID.id: 10}, 10)
         assert provider.settle([acknowledged(lease) for lease in leases]) == []
-        assert asked == [2, 2, 2, 2]
+        assert asked == [2, 2, 2]
 
 
 class TestQueues:
@@ -279,7 +277,6 @@ class TestTrouble:
         [lease] = provider.reserve({PLACED.id: 1}, 1)
         client.flushall()
         assert provider.settle([acknowledged(lease)]) != []
-        # who consumes says again what there is
         assert provider.reserve({PLACED.id: 1}, 1) == []
         provider.publish(make_deliveries(2))
         assert len(acknowledge_all(provider, PLACED.id)) == 2
@@ -352,9 +349,9 @@ class TestTrouble:
 
     def test_read_only_replica(self, redis_server: RedisServer, new_provider: NewProvider) -> None:
         with started("--replicaof", HOST, str(redis_server.port), auth=redis_server) as replica:
+            provider = new_provider(replica.environment, PLACED)
             with pytest.raises(ProviderError, match="read-only replica"):
-                new_provider(replica.environment, PLACED)
-            provider = new_provider(replica.environment)
+                provider.reserve({PLACED.id: 1}, 1)
             with pytest.raises(ProviderError, match="read-only replica"):
                 provider.publish(make_deliveries(1))
             assert provider.get_queue_stats([]) == []
@@ -394,8 +391,9 @@ class TestTrouble:
         # by itself it has a third of all slots: some of these are elsewhere
         queues = [replace(PLACED, id=n, queue=f"queue-{n}") for n in range(1, 20)]
         address = {"REDIS_PORT": str(redis_cluster.nodes[0].port), "REDIS_DB": "0"}
+        provider = new_provider(address, *queues)
         with pytest.raises(ProviderError, match=r"use redis\+cluster://"):
-            new_provider(address, *queues)
+            provider.reserve({each.id: 1 for each in queues}, 1)
         redis_cluster.empty()
 
 
