@@ -15,8 +15,8 @@ import pytest
 
 from shared.errors import ProviderError, ProviderUnavailableError
 from shared.native import Signal
-from shared.providers import redis as module
-from shared.providers.redis import RedisProvider
+from shared.providers.redis import RedisProvider, listener, servers
+from shared.providers.redis.provider import SETTLED_MOST, SETTLED_MS
 from shared.settings import load_settings
 from shared.types import (
     Delivery,
@@ -115,8 +115,8 @@ class TestKeys:
         # what was settled in the last minute is remembered, up to a limit, and forgets itself
         settled = f"nameko:{{{QUEUE}}}:settled"
         assert set(client.keys()) == {settled}
-        assert 0 < client.pttl(settled) <= module.SETTLED_MS
-        assert client.zcard(settled) <= module.SETTLED_MOST
+        assert 0 < client.pttl(settled) <= SETTLED_MS
+        assert client.zcard(settled) <= SETTLED_MOST
 
     def test_have_the_prefix_and_the_queue_as_hash_tag(
         self, redis_server: RedisServer, new_provider: NewProvider, client: Any
@@ -147,13 +147,13 @@ class TestRoundTrips:
     @pytest.fixture
     def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked: list[int] = []
-        ask = module._Single.ask
+        ask = servers.Single.ask
 
         def count(server: Any, commands: Any) -> list[Any]:
             asked.append(len(commands))
             return ask(server, commands)
 
-        monkeypatch.setattr(module._Single, "ask", count)
+        monkeypatch.setattr(servers.Single, "ask", count)
         return asked
 
     def test_are_three_for_a_hundred_deliveries(
@@ -311,7 +311,7 @@ class TestTrouble:
     def test_listener_that_fell_silent(
         self, worker: Worker, client: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PING_SECONDS", 0.05)
+        monkeypatch.setattr(listener, "PING_SECONDS", 0.05)
         assert worker.reserve() == []
         client.execute_command("CLIENT", "PAUSE", "300", "ALL")
         worker.wait(5)  # ends when two pings had no answer
@@ -321,11 +321,11 @@ class TestTrouble:
     def test_listener_is_asked_whether_it_lives(
         self, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PING_SECONDS", 0.05)
+        monkeypatch.setattr(listener, "PING_SECONDS", 0.05)
         assert worker.reserve() == []
-        listener = worker.provider._listener  # type: ignore[attr-defined]
+        before = worker.provider._listener  # type: ignore[attr-defined]
         worker.wait(0.3)
-        assert worker.provider._listener is listener  # type: ignore[attr-defined]
+        assert worker.provider._listener is before  # type: ignore[attr-defined]
 
     def test_wrong_password(self, redis_server: RedisServer, new_provider: NewProvider) -> None:
         environment = {**redis_server.environment, "REDIS_PASSWORD": "s3cret"}
@@ -341,11 +341,11 @@ class TestTrouble:
     def test_missing_driver(
         self, new_provider: NewProvider, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        module._redis.cache_clear()
+        servers.driver.cache_clear()
         monkeypatch.setitem(sys.modules, "redis", None)
         with pytest.raises(ProviderError, match="pip install 'redis"):
             new_provider({})
-        module._redis.cache_clear()
+        servers.driver.cache_clear()
 
     def test_read_only_replica(self, redis_server: RedisServer, new_provider: NewProvider) -> None:
         with started("--replicaof", HOST, str(redis_server.port), auth=redis_server) as replica:

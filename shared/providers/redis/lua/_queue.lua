@@ -12,7 +12,7 @@
 -- lease begins, ends or is taken over: who has the newest token holds the lease.
 -- Times are milliseconds of Redis' own clock.
 
--- What scripts return for a lease that somebody else has; shared.providers.redis has the same.
+-- What scripts return for a lease that somebody else has; shared.providers.redis.wire has the same.
 local LEASE_LOST = -1
 
 -- At most so many become due, or are taken over, in one go: nobody else is served meanwhile.
