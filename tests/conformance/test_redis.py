@@ -18,6 +18,7 @@ from shared.native import Signal
 from shared.providers.redis import RedisProvider, listener, servers
 from shared.providers.redis.provider import SETTLED_MOST, SETTLED_MS
 from shared.settings import load_settings
+from shared.testing.conformance.lab import LEASE_SECONDS, QUEUE, SOURCE, Worker, elapsed, seqs
 from shared.types import (
     Delivery,
     Envelope,
@@ -28,7 +29,6 @@ from shared.types import (
     Subscription,
     new_message_id,
 )
-from tests.conformance.lab import LEASE_SECONDS, QUEUE, SOURCE, Worker, elapsed, seqs
 from tests.conformance.labs import OnRedis
 from tests.support.servers import HOST, RedisCluster, RedisSentinel, RedisServer, free_port
 from tests.support.waiting import wait_until

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tests.conformance.lab import ProviderLab
+from shared.testing.conformance.lab import ProviderLab
 
 
 class FileLab(ProviderLab):
