@@ -9,7 +9,7 @@ LOCK := requirements-dev.lock
 DONE := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test check format lock clean
+.PHONY: help setup demo run test check format docs lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ check: $(DONE) ## Check format, style, types, and which way imports run
 format: $(DONE) ## Bring the code into the house's format
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
+
+docs: $(DONE) ## Draw anew what in docs/ is drawn from the code
+	$(BIN)/python -W ignore -m tests.support.capabilities
 
 lock: $(DONE) ## Renew both lock files, within the ranges of pyproject.toml
 	$(PIP_INSTALL) 'uv>=0.9'

@@ -5,7 +5,6 @@ import eventlet
 eventlet.monkey_patch()
 
 import os  # noqa: E402
-import shutil  # noqa: E402
 from collections.abc import Iterator, Mapping  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -75,14 +74,6 @@ def migrated_mariadb(mariadb_server: MariaDBServer) -> MariaDBDatabase:
     return database
 
 
-@pytest.fixture(scope="session")
-def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that ``sqlite_log`` copies."""
-    folder = tmp_path_factory.mktemp("migrated")
-    migrate({"QUEUE_DATA_DIR": str(folder)})
-    return folder / "queue.db"
-
-
 @pytest.fixture
 def mariadb_log(
     tmp_path: Path, mariadb_server: MariaDBServer, migrated_mariadb: MariaDBDatabase
@@ -90,15 +81,6 @@ def mariadb_log(
     """The settings of an empty message log on MariaDB."""
     mariadb_server.empty(migrated_mariadb)
     return {"QUEUE_DATA_DIR": str(tmp_path / "var"), **migrated_mariadb.environment}
-
-
-@pytest.fixture
-def sqlite_log(tmp_path: Path, migrated_sqlite: Path) -> Mapping[str, str]:
-    """The settings of an empty message log on SQLite."""
-    folder = tmp_path / "var"
-    folder.mkdir()
-    shutil.copy(migrated_sqlite, folder)
-    return {"QUEUE_DATA_DIR": str(folder)}
 
 
 @pytest.fixture(params=["sqlite", "mariadb"])

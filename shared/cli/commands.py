@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 
 import click
-from sqlalchemy import URL
+from sqlalchemy import URL, Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared.database import database_url, make_engine
+from shared.database import database_url, make_engine, make_reader, seconds_between, utc_now
 from shared.errors import SettingsError
 from shared.settings import Settings, check_data_dir, load_settings
 from shared.store.migrate import LOG, Migrations, all_migrations, upgrade
+from shared.store.subscriptions import SILENT_AFTER_SECONDS
+from shared.tables import subscriptions
 
 
 class _Failure(click.ClickException):
@@ -35,6 +37,31 @@ def main(context: click.Context) -> None:
         check_data_dir(context.obj)
     except SettingsError as exc:
         raise _WrongSetting(str(exc)) from exc
+
+
+@main.command()
+@click.argument("service")
+@click.pass_obj
+def alive(settings: Settings, service: str) -> None:
+    """See whether an instance of SERVICE consumes. For those that answer no HTTP."""
+    url = database_url(settings)
+    try:
+        with make_reader(url, time.sleep).connect() as connection:
+            silent = _seconds_silent(connection, service)
+    except SQLAlchemyError as exc:
+        said = getattr(exc, "orig", None) or exc
+        raise _Failure(f"{_shown(url)}: {said}") from exc
+    if silent is None or silent > SILENT_AFTER_SECONDS:
+        raise _Failure(f"nobody consumes for {service}")
+    click.echo(f"{service}: alive")
+
+
+def _seconds_silent(connection: Connection, service: str) -> float | None:
+    """Return how long ago any instance of a service signed for a subscription."""
+    newest = func.max(subscriptions.c.seen_at)
+    its = subscriptions.c.subscriber.startswith(f"{service}.", autoescape=True)
+    seconds = seconds_between(connection, newest, utc_now(connection))
+    return connection.execute(select(seconds).where(its)).scalar()
 
 
 @main.group()

@@ -1,7 +1,1 @@
-"""What every provider promises, asserted on real servers.
-
-The tests know a provider by a :class:`~tests.conformance.lab.ProviderLab` alone. Somebody
-with a provider of their own writes one, and runs the same tests with::
-
-    pytest tests/conformance --lab package.module:Lab
-"""
+"""The suite of ``shared.testing.conformance``, on the providers that come with it."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from tests.conformance.lab import ProviderLab
+from shared.testing.conformance.lab import ProviderLab
 from tests.support.servers import MariaDBServer, RedisCluster, RedisServer
 
 

@@ -166,7 +166,7 @@ def _redis(request: pytest.FixtureRequest) -> Mapping[str, str]:
 
 
 BACKENDS = {"embedded": _embedded, "redis": _redis}
-"""On what the straight way of an event has to be the same: SQLite alone, a broker and MariaDB."""
+"""What the way of an event has to be the same on: SQLite alone, or a broker and MariaDB."""
 
 
 @pytest.fixture(params=list(BACKENDS))

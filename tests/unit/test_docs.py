@@ -28,7 +28,7 @@ from shared.native import sleep
 from shared.providers import QueueProvider
 from shared.settings import load_settings
 from shared.tables import deliveries, metadata
-from shared.web import HttpEntrypoint
+from shared.web.entrypoint import HttpEntrypoint
 from tests.support.documents import (
     DOCUMENTS,
     Block,
@@ -354,7 +354,7 @@ class TestServices:
         assert listed == there
 
     def test_answer_with_the_problems_that_are_listed(self) -> None:
-        files = [ROOT / "shared/web.py", *ROOT.glob("services/*/service.py")]
+        files = [*ROOT.glob("shared/web/*.py"), *ROOT.glob("services/*/service.py")]
         raised = set()
         for file in files:
             text = file.read_text().partition('"""\n\nfrom')[2]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared.providers import redis
+from shared.providers.redis import provider, scripts, wire
 
 LUA = Path(redis.__file__).with_name("lua")
 
@@ -26,14 +27,14 @@ class TestScript:
         ]
 
     def test_has_what_it_includes(self, path: Path) -> None:
-        source = redis._source(path.stem)
+        source = scripts._source(path.stem)
         assert "@include" not in source
         assert source.count("local function places(") == 1
 
     def test_is_used(self, path: Path) -> None:
-        assert f'_script("{path.stem}"' in re.sub(r"\(\s+", "(", Path(redis.__file__).read_text())
+        assert f'script("{path.stem}"' in Path(provider.__file__).read_text()
 
 
-def test_codes_are_those_of_the_scripts() -> None:
+def test_a_lost_lease_has_the_number_of_the_scripts() -> None:
     found = re.findall(r"^local ([A-Z_]+) = (-\d+)$", (LUA / "_queue.lua").read_text(), re.M)
-    assert {name: int(number) for name, number in found} == dict(redis.Code.__members__)
+    assert found == [("LEASE_LOST", str(wire.LEASE_LOST))]

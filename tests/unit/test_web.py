@@ -468,7 +468,7 @@ class TestBody:
         assert answer.startswith(b"HTTP/1.1 400 ")
 
     def test_that_does_not_come(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(shared.web, "SOCKET_SECONDS", 0.05)
+        monkeypatch.setattr(shared.web.server, "SOCKET_SECONDS", 0.05)
         head = b"POST /orders/1 HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
         answer = talk(serve(), head + b"Content-Length: 10\r\n\r\n{")
         assert answer.startswith(b"HTTP/1.1 408 ")
@@ -543,7 +543,7 @@ class TestConnections:
             raise OSError("the network is down")
 
         url = serve()
-        monkeypatch.setattr(shared.web._Protocol, "handle_one_request", broken)
+        monkeypatch.setattr(shared.web.server._Protocol, "handle_one_request", broken)
         assert talk(url, b"GET /results/dict HTTP/1.1\r\n\r\n") == b""
         monkeypatch.undo()
         assert requests.get(f"{url}/results/dict", timeout=10).ok

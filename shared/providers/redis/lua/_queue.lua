@@ -1,10 +1,9 @@
 -- What all scripts of a queue share: its keys, its records, and moving between its places.
 --
--- KEYS  1 subscribers (hash: subscription -> subscriber; there once a subscription is declared)
---       2 messages    (hash: seq -> envelope)
---       3 deliveries  (hash: seq -> record)
---       4 settled     (sorted set: seq:message-id, scored by time; for a minute, to know doubles)
---       5 paused      (set of subscriptions)
+-- KEYS  1 messages    (hash: seq -> envelope)
+--       2 deliveries  (hash: seq -> record)
+--       3 settled     (sorted set: seq:message-id, scored by time; for a minute, to know doubles)
+--       4 paused      (set of subscriptions)
 --       then four sorted sets of seqs for each subscription that the script is about:
 --       waiting   scored by priority, then order      scheduled  scored by the time it is due
 --       leases    scored by the time they run out     dead       scored by the time it died
@@ -13,15 +12,14 @@
 -- lease begins, ends or is taken over: who has the newest token holds the lease.
 -- Times are milliseconds of Redis' own clock.
 
--- What scripts return instead of a result; shared.providers.redis.Code has the same numbers.
+-- What scripts return for a lease that somebody else has; shared.providers.redis.wire has the same.
 local LEASE_LOST = -1
-local NOT_DECLARED = -2
 
 -- At most so many become due, or are taken over, in one go: nobody else is served meanwhile.
 local BATCH = 1000
 
-local SUBSCRIBERS, MESSAGES, DELIVERIES, SETTLED, PAUSED = unpack(KEYS, 1, 5)
-local SHARED_KEYS = 5
+local MESSAGES, DELIVERIES, SETTLED, PAUSED = unpack(KEYS, 1, 4)
+local SHARED_KEYS = 4
 
 local function places(n)
   local first = SHARED_KEYS + 4 * (n - 1)

@@ -7,10 +7,10 @@ from time import monotonic
 
 import pytest
 
+from shared.testing.conformance.lab import LEASE_SECONDS, Worker, elapsed, seqs
+from shared.testing.conformance.process import Process
+from shared.testing.conformance.test_waiting import CLOCK_SECONDS
 from shared.types import Lease, SettleAction, Settlement, Subscription
-from tests.conformance.lab import LEASE_SECONDS, Worker, elapsed, seqs
-from tests.conformance.process import Process
-from tests.conformance.test_waiting import CLOCK_SECONDS
 
 NewProcess = Callable[..., Process]
 

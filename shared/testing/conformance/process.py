@@ -1,6 +1,6 @@
 """A process beside the tests', which does to the provider what it is told to.
 
-``python -m tests.conformance.process`` reads a command as JSON from each line of standard
+``python -m shared.testing.conformance.process`` reads a command as JSON from each line of standard
 input, and answers each by a line.
 """
 
@@ -16,14 +16,11 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Mapping  # noqa: E402
 from dataclasses import asdict  # noqa: E402
-from pathlib import Path  # noqa: E402
 from time import monotonic  # noqa: E402
 from typing import Any  # noqa: E402
 
+from shared.testing.conformance.lab import ProviderLab, Worker, lab_class, seqs  # noqa: E402
 from shared.types import Subscription  # noqa: E402
-from tests.conformance.lab import ProviderLab, Worker, lab_class, seqs  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
 
 CONSUME_SECONDS = 30.0
 """How long a process consumes at most, should what it waits for never end."""
@@ -36,7 +33,8 @@ class Process:
         self.is_killed = False
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", __name__],
-            cwd=ROOT,
+            # whatever the tests can import, their processes can
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

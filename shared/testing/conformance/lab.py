@@ -217,9 +217,7 @@ class Worker:
         """
         outcomes = [_outcome(settlement) for settlement in settlements]
         if self._joins_log:
-            refused = self._in_log(
-                lambda tx: self._record(tx, outcomes) or self.provider.settle(settlements, tx)
-            )
+            refused = self._in_log(lambda tx: self._record_and_settle(tx, outcomes, settlements))
         else:
             self._in_log(lambda tx: self._record(tx, outcomes))
             refused = self.provider.settle(settlements)
@@ -270,6 +268,12 @@ class Worker:
     def _record(self, tx: Transaction, outcomes: Sequence[Outcome]) -> None:
         stored, _ = attempts.record(tx, outcomes)
         refresh(tx, {outcome.lease.delivery.message.id for outcome in stored})
+
+    def _record_and_settle(
+        self, tx: Transaction, outcomes: Sequence[Outcome], settlements: Sequence[Settlement]
+    ) -> list[Settlement]:
+        self._record(tx, outcomes)
+        return self.provider.settle(settlements, tx)
 
     def _with_provider(self, step: Callable[[Transaction | None], T]) -> T:
         return self._in_log(step) if self._joins_log else step(None)

@@ -9,9 +9,9 @@ from time import monotonic
 from eventlet import patcher
 
 from shared.native import select
+from shared.testing.conformance.lab import Worker, elapsed, seqs
+from shared.testing.conformance.process import Process
 from shared.types import Subscription
-from tests.conformance.lab import Worker, elapsed, seqs
-from tests.conformance.process import Process
 
 native_threading = patcher.original("threading")
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from shared.testing.conformance.lab import ProviderLab, Worker, seqs
 from shared.types import Priority, Subscription
-from tests.conformance.lab import ProviderLab, Worker, seqs
 
 NewWorker = Callable[..., Worker]
 

@@ -14,9 +14,9 @@ from shared.errors import (
     UnsupportedByProviderError,
 )
 from shared.providers import SubscriptionStats
+from shared.testing.conformance.lab import ProviderLab, Worker, elapsed, seqs
+from shared.testing.conformance.process import Process
 from shared.types import Priority, SettleAction, Settlement, Subscription
-from tests.conformance.lab import ProviderLab, Worker, elapsed, seqs
-from tests.conformance.process import Process
 
 NewWorker = Callable[..., Worker]
 

@@ -5,13 +5,10 @@
 -- KEYS  as in _queue.lua
 -- ARGV  1 the lease in ms, 2 the most altogether, 3 whose turn it is to be first;
 --       then for each subscription of KEYS: its id, and the most for it
--- Returns  NOT_DECLARED when Redis knows nothing of the queue: somebody emptied it; else
---          {ms until something is due of itself or -1,
+-- Returns  {ms until something is due of itself or -1,
 --           then for each lease a line and the envelope.
 --           The line: seq, subscription, token, attempts}
 -- @include _queue
-
-if redis.call('EXISTS', SUBSCRIBERS) == 0 then return NOT_DECLARED end
 
 local now = milliseconds()
 

@@ -1,0 +1,311 @@
+"""The provider itself: one Lua script an operation, in ``lua/``.
+
+What there is of a queue is written down in ``lua/_queue.lua``. Its keys share a prefix
+and, as a hash tag, the queue's name, so that a cluster keeps them on one node. Redis' own
+clock decides what is due. Who waits is woken by pub/sub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
+from time import monotonic
+from typing import Any
+
+from shared.errors import ProviderError
+from shared.native import select as wait_readable
+from shared.providers.base import QueueProvider, SubscriptionStats
+from shared.providers.redis.listener import Listener
+from shared.providers.redis.scripts import is_unknown_script, load_scripts, script
+from shared.providers.redis.servers import (
+    Server,
+    Target,
+    connected,
+    driver,
+    see_that_it_keeps_keys,
+    translated,
+)
+from shared.providers.redis.wire import (
+    MOST_AT_ONCE,
+    PLACES,
+    Batch,
+    Command,
+    Keys,
+    Wanted,
+    batches_of,
+    encoded,
+    facts_of,
+    leases_of,
+    line_of,
+    lost_of,
+    milliseconds,
+    order_of,
+    with_shares,
+)
+from shared.settings import Settings
+from shared.types import Delivery, Lease, Settlement, Subscription
+
+SETTLED_MS = 60_000
+"""How long settled deliveries are remembered: somebody whose publishing got no answer does it
+again within seconds."""
+
+SETTLED_MOST = 10_000
+"""How many settled deliveries are remembered of a queue: about 1 MB."""
+
+
+class RedisProvider(QueueProvider):
+    """See the module's docstring."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._keys = Keys(settings.redis_prefix)
+        self._server: Server | None = None
+        self._listener: Listener | None = None
+        self._mine: dict[int, Subscription] = {}
+        # when, by this process's own clock, something becomes due of itself
+        self._due = math.inf
+        self._turns = 0
+
+    def initialize(self) -> None:
+        self.close()
+        with translated(self.settings, self.close):
+            self._connect()
+
+    def close(self) -> None:
+        for each in (self._listener, self._server):
+            if each is not None:
+                each.close()
+        self._listener = self._server = None
+
+    def declare(self, subscriptions: Sequence[Subscription]) -> None:
+        # nothing to make: a queue is there with what is in it
+        self._mine |= {subscription.id: subscription for subscription in subscriptions}
+        with translated(self.settings, self.close):
+            self._connect()
+
+    def publish(self, deliveries: Sequence[Delivery], tx: Any = None) -> list[Delivery]:
+        batches = batches_of(deliveries, lambda d: d, lambda d: len(d.message.body) + 500)
+        self._run([self._publication(batch) for batch in batches])
+        return []
+
+    def published(self, deliveries: Sequence[Delivery]) -> None:
+        """Do nothing: the script that queued them woke who consumes."""
+
+    def wait(self, timeout: float, interrupt: int, hungry: bool = True) -> None:
+        if not hungry:
+            wait_readable([interrupt], [], [], max(timeout, 0))
+            return
+        if self._mine and self._listener is None:
+            return  # deaf: the next reserve listens again, or says what is wrong
+        deadline = monotonic() + min(timeout, self._due - monotonic())
+        if self._listener is None:
+            wait_readable([interrupt], [], [], max(deadline - monotonic(), 0))
+            return
+        with self._deaf_on_errors():
+            self._listener.wait(deadline, interrupt, self._mine.keys())
+
+    def reserve(self, limits: Mapping[int, int], limit: int, tx: Any = None) -> list[Lease]:
+        self._hear()
+        self._due = math.inf
+        leases: list[Lease] = []
+        hungry = self._in_turn(self._by_queue(limits))
+        turn = self._turns // max(len(hungry), 1)
+        while hungry and (left := limit - len(leases)) > 0:
+            asked = [each for each in with_shares(hungry, left) if each.share > 0]
+            answers = self._run([self._reservation(each, turn) for each in asked])
+            for each, answer in zip(asked, answers, strict=True):
+                leases += each.take(answer)
+                self._note_due(answer[0])
+            # who got less than its share has no more
+            hungry = [each for each in hungry if each.has_more]
+        return sorted(leases, key=order_of)
+
+    def settle(self, settlements: Sequence[Settlement], tx: Any = None) -> list[Settlement]:
+        batches = batches_of(settlements, lambda x: x.lease.delivery)
+        answers = self._run([self._settling(batch) for batch in batches])
+        return lost_of(settlements, batches, answers)
+
+    def extend(self, leases: Sequence[Lease], tx: Any = None) -> list[Lease]:
+        self._hear()
+        batches = batches_of(leases, lambda lease: lease.delivery)
+        answers = self._run([self._extension(batch) for batch in batches])
+        return lost_of(leases, batches, answers)
+
+    def get_queue_stats(self, subscriptions: Sequence[Subscription]) -> list[SubscriptionStats]:
+        by_queue: dict[str, list[int]] = {}
+        for each in subscriptions:
+            by_queue.setdefault(each.queue, []).append(each.id)
+        asked = [script("stats", self._keys.of(*each)) for each in by_queue.items()]
+        counts: dict[int, list[int]] = {}
+        for ids, answer in zip(by_queue.values(), self._run(asked), strict=True):
+            rows = zip(*[iter(answer)] * len(PLACES), strict=True)
+            counts |= zip(ids, map(list, rows), strict=True)
+        return [SubscriptionStats(each.subscriber, *counts[each.id]) for each in subscriptions]
+
+    def health_check(self) -> bool:
+        # a cluster may have lost some of its nodes: those that matter are asked
+        queues = {subscription.queue for subscription in self._mine.values()} or {""}
+        keys = [self._keys.deliveries(queue) for queue in queues]
+        try:
+            self._run([Command(key, ("EXISTS", key)) for key in keys])
+        except ProviderError:
+            return False
+        return True
+
+    def pause(self, subscription: Subscription) -> None:
+        self._set_paused(subscription, True)
+
+    def resume(self, subscription: Subscription) -> None:
+        self._set_paused(subscription, False)
+
+    def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
+        keys = self._keys.of(subscription.queue, [subscription.id])
+        [answer] = self._run([script("peek", keys, subscription.id, limit)])
+        return [lease.delivery for lease in leases_of(answer)]
+
+    def purge(self, subscription: Subscription) -> int:
+        return self._remove(subscription, "waiting", "scheduled")
+
+    def forget(self, subscription: Subscription) -> None:
+        self._remove(subscription, *PLACES)
+        key = self._keys.paused(subscription.queue)
+        self._run([Command(key, ("SREM", key, subscription.id))])
+        self._mine.pop(subscription.id, None)
+
+    # --- beyond the interface
+
+    def holds(self, queue: str, seqs: Sequence[int]) -> set[int]:
+        """Return which of these deliveries it has, in whatever state: for the audit."""
+        key = self._keys.deliveries(queue)
+        chunks = [seqs[i : i + MOST_AT_ONCE] for i in range(0, len(seqs), MOST_AT_ONCE)]
+        answers = self._run([Command(key, ("HMGET", key, *chunk)) for chunk in chunks])
+        found = [record for answer in answers for record in answer]
+        return {seq for seq, record in zip(seqs, found, strict=True) if record is not None}
+
+    # --- what is said to Redis
+
+    def _publication(self, batch: Batch[Delivery]) -> Command:
+        args = [
+            value
+            for place, delivery in batch.placed()
+            for value in (line_of(place, *facts_of(delivery)), encoded(delivery.message))
+        ]
+        channel = self._keys.channel(batch.queue)
+        return script("publish", self._keys_of(batch), channel, *args)
+
+    def _reservation(self, wanted: Wanted, turn: int) -> Command:
+        args = [value for each in wanted.limits.items() for value in each]
+        keys = self._keys.of(wanted.queue, list(wanted.limits))
+        return script("reserve", keys, self._lease_ms, wanted.share, turn, *args)
+
+    def _settling(self, batch: Batch[Settlement]) -> Command:
+        args = [
+            line_of(place, x.lease.delivery.seq, x.lease.token, x.action, milliseconds(x.delay))
+            for place, x in batch.placed()
+        ]
+        channel = self._keys.channel(batch.queue)
+        return script("settle", self._keys_of(batch), channel, SETTLED_MS, SETTLED_MOST, *args)
+
+    def _extension(self, batch: Batch[Lease]) -> Command:
+        args = [line_of(place, x.delivery.seq, x.token) for place, x in batch.placed()]
+        return script("extend", self._keys_of(batch), self._lease_ms, *args)
+
+    def _keys_of(self, batch: Batch[Any]) -> list[str]:
+        return self._keys.of(batch.queue, batch.subscriptions)
+
+    @property
+    def _lease_ms(self) -> int:
+        return milliseconds(self.settings.lease)
+
+    def _remove(self, subscription: Subscription, *places: str) -> int:
+        removed = 0
+        while True:
+            keys = self._keys.of(subscription.queue, [subscription.id])
+            [count] = self._run([script("purge", keys, subscription.id, *places)])
+            removed += count
+            if count < MOST_AT_ONCE:
+                return removed
+
+    def _set_paused(self, subscription: Subscription, is_paused: bool) -> None:
+        key = self._keys.paused(subscription.queue)
+        commands = [Command(key, ("SADD" if is_paused else "SREM", key, subscription.id))]
+        if not is_paused:
+            wake = ("PUBLISH", self._keys.channel(subscription.queue), subscription.id)
+            commands.append(Command(key, wake))
+        self._run(commands)
+
+    # --- whose turn it is
+
+    def _in_turn(self, wanted: list[Wanted]) -> list[Wanted]:
+        """Begin with another queue each time: who is first may get all there is room for."""
+        self._turns += 1
+        start = self._turns % max(len(wanted), 1)
+        return wanted[start:] + wanted[:start]
+
+    def _by_queue(self, limits: Mapping[int, int]) -> list[Wanted]:
+        wanted: dict[str, Wanted] = {}
+        for subscription_id, most in limits.items():
+            if subscription_id in self._mine:
+                queue = self._mine[subscription_id].queue
+                wanted.setdefault(queue, Wanted(queue)).limits[subscription_id] = most
+        return list(wanted.values())
+
+    def _note_due(self, milliseconds: int) -> None:
+        if milliseconds >= 0:
+            self._due = min(self._due, monotonic() + milliseconds / 1000)
+
+    # --- connections
+
+    def _run(self, commands: Sequence[Command]) -> list[Any]:
+        """Have commands done in one round trip; return what each answered."""
+        if not commands:
+            return []
+        with translated(self.settings, self.close):
+            server = self._connect()
+            answers = server.ask(commands)
+            unknown = [is_unknown_script(answer) for answer in answers]
+            if any(unknown):
+                load_scripts(server)
+                again = iter(server.ask(list(compress(commands, unknown))))
+                answers = [
+                    next(again) if is_unknown else answer
+                    for answer, is_unknown in zip(answers, unknown, strict=True)
+                ]
+            for answer in answers:
+                if isinstance(answer, Exception):
+                    raise answer
+            return answers
+
+    def _connect(self) -> Server:
+        if self._server is None:
+            self._server = connected(Target.of(self.settings))
+            see_that_it_keeps_keys(self._server)
+            load_scripts(self._server)
+        self._listen()
+        return self._server
+
+    def _listen(self) -> None:
+        channels = {self._keys.channel(each.queue) for each in self._mine.values()}
+        if self._server is None or not channels:
+            return
+        if self._listener is None:
+            self._listener = Listener(self._server.new_connection())
+        self._listener.subscribe(channels)
+
+    @contextlib.contextmanager
+    def _deaf_on_errors(self) -> Iterator[None]:
+        """Have the next command listen anew, or say what is wrong."""
+        try:
+            yield
+        except (driver().exceptions.RedisError, OSError):
+            if self._listener is not None:
+                self._listener.close()
+            self._listener = None
+
+    def _hear(self) -> None:
+        """Forget what was heard so far: whoever reserves now finds it."""
+        if self._listener is not None:
+            with self._deaf_on_errors():
+                self._listener.forget()

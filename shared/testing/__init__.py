@@ -1,0 +1,1 @@
+"""What tests outside of this project need, too."""

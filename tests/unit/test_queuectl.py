@@ -1,0 +1,71 @@
+"""``queuectl`` beyond the tables, which tests/flow tests as the documentation does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from click.testing import CliRunner, Result
+from sqlalchemy import update
+
+from shared import tables
+from shared.cli import main
+from shared.database import Database, database_url
+from shared.native import sleep
+from shared.settings import load_settings
+from shared.store import subscriptions
+from shared.store.subscriptions import SILENT_AFTER_SECONDS
+from shared.types import Subscription
+
+
+def queuectl(*args: str, env: Mapping[str, str]) -> Result:
+    return CliRunner().invoke(main, args, env=env)
+
+
+class TestAlive:
+    @pytest.fixture
+    def signed(self, log_settings: Mapping[str, str]) -> None:
+        """Given two subscriptions, one of which nobody signs for any more."""
+        wanted = [
+            Subscription("orders", "shop", "placed", "my_audit.note"),
+            Subscription("orders", "shop", "placed", "my_audit.renamed"),
+        ]
+        self.in_log(log_settings, lambda tx: subscriptions.register(tx, wanted))
+        self.age(log_settings, "my_audit.renamed")
+
+    @staticmethod
+    def in_log(settings: Mapping[str, str], step) -> None:
+        database = Database(database_url(load_settings(settings)), sleep)
+        database.run(step)
+        database.close()
+
+    def age(self, settings: Mapping[str, str], subscriber: str) -> None:
+        s = tables.subscriptions
+
+        def make_old(tx) -> None:
+            old = tx.later(-SILENT_AFTER_SECONDS - 1)
+            its = s.c.subscriber == subscriber
+            tx.connection.execute(update(s).where(its).values(seen_at=old))
+
+        self.in_log(settings, make_old)
+
+    def test_is_who_signs(self, log_settings: Mapping[str, str], signed: None) -> None:
+        done = queuectl("alive", "my_audit", env=log_settings)
+        assert (done.exit_code, done.output) == (0, "my_audit: alive\n")
+
+    @pytest.mark.parametrize("service", ["myXaudit", "my_audi", "audit", "my_audit.note"])
+    def test_is_nobody_else(
+        self, log_settings: Mapping[str, str], signed: None, service: str
+    ) -> None:
+        done = queuectl("alive", service, env=log_settings)
+        assert (done.exit_code, done.output) == (1, f"Error: nobody consumes for {service}\n")
+
+    def test_is_not_who_fell_silent(self, log_settings: Mapping[str, str], signed: None) -> None:
+        self.age(log_settings, "my_audit.note")
+        assert queuectl("alive", "my_audit", env=log_settings).exit_code == 1
+
+    def test_says_what_is_wrong_with_the_database(self, tmp_path) -> None:
+        done = queuectl("alive", "my_audit", env={"QUEUE_DATA_DIR": str(tmp_path)})
+        assert done.exit_code == 1
+        assert done.output.startswith("Error: sqlite:///")
+        assert "no such table" in done.output
