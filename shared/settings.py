@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from types import MappingProxyType
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from environs import Env, EnvError
 
@@ -24,7 +24,10 @@ from shared.errors import PayloadError, SettingsError
 from shared.lifecycle import Backoff
 from shared.types import MAX_RETRIES_LIMIT, check_name
 
-BUILT_IN_PROVIDERS = ("embedded", "redis")
+BUILT_IN_PROVIDERS = ("embedded", "redis", "rabbitmq")
+
+NAMEKO_BROKER = "pyamqp://guest:guest@localhost"
+"""What nameko's command line takes for AMQP_URI when nobody said anything."""
 
 LARGEST_SECONDS = 86_400.0
 """A day: nobody waits longer for a lease, a stop or a retry."""
@@ -98,7 +101,23 @@ class Settings:
     rabbitmq_username: str
     rabbitmq_password: str = field(repr=False)
     rabbitmq_vhost: str
+    # it may hold a password
+    amqp_uri: str = field(repr=False)
+    rabbitmq_queue_type: str
+    rabbitmq_consumer_timeout: float
     database: Database | None
+
+    @property
+    def rabbitmq_uri(self) -> str:
+        """Where RabbitMQ is: ``AMQP_URI``, or made of the single variables."""
+        if self.amqp_uri:
+            return self.amqp_uri
+        host = f"[{self.rabbitmq_host}]" if ":" in self.rabbitmq_host else self.rabbitmq_host
+        user, password, vhost = (
+            quote(each, safe="")
+            for each in (self.rabbitmq_username, self.rabbitmq_password, self.rabbitmq_vhost)
+        )
+        return f"amqp://{user}:{password}@{host}:{self.rabbitmq_port}/{vhost}"
 
     def queue_of(self, source: str) -> str:
         """Return the queue that the events of service ``source`` form."""
@@ -244,6 +263,22 @@ def _redis_prefix(value: Any) -> str:
     return _text(value)
 
 
+_AMQP_URI = re.compile(
+    r"(?:py)?amqps?://(?:[^@/\s;]*@)?(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?"
+    r"(?:/[^/?@\s;]*)?(?:\?ssl_\w+=[^&\s;]*(?:&ssl_\w+=[^&\s;]*)*)?"
+)
+
+
+def _amqp_uri(value: Any) -> str:
+    text = _text(value)
+    if text in ("", NAMEKO_BROKER):
+        return ""
+    found = [_AMQP_URI.fullmatch(each) for each in text.split(";")]
+    if not all(each and 0 < int(each[1] or 5672) <= 65535 for each in found):
+        raise EnvError("must be amqp://[user:password@]host[:port][/vhost] or amqps://…")
+    return text
+
+
 def _tokens(value: Any) -> tuple[str, ...]:
     """Tokens separated by commas or lines, or @/path of a file of them."""
     text = _text(value)
@@ -328,6 +363,13 @@ class _Reader:
             rabbitmq_username=self.get("RABBITMQ_USERNAME", "guest", _needed),
             rabbitmq_password=self.get("RABBITMQ_PASSWORD", "guest", _text),
             rabbitmq_vhost=self.get("RABBITMQ_VHOST", "/", _needed),
+            amqp_uri=self.get("AMQP_URI", "", _amqp_uri),
+            rabbitmq_queue_type=self.get(
+                "RABBITMQ_QUEUE_TYPE", "classic", _choice("classic", "quorum")
+            ),
+            rabbitmq_consumer_timeout=self.seconds(
+                "RABBITMQ_CONSUMER_TIMEOUT_SECONDS", 1800, lowest=1
+            ),
             database=self.database(),
         )
         self.check_together(settings)

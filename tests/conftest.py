@@ -16,11 +16,12 @@ from shared.store.migrate import LOG, upgrade, upgrade_sqlite  # noqa: E402
 from tests.support.servers import (  # noqa: E402
     MariaDBDatabase,
     MariaDBServer,
+    RabbitMQServer,
     RedisCluster,
     RedisServer,
 )
 
-OURS = ("QUEUE_", "AUTH_EVENTS_", "COMPANY_", "MAIL_", "REDIS_", "RABBITMQ_", "DB_")
+OURS = ("QUEUE_", "AUTH_EVENTS_", "COMPANY_", "MAIL_", "REDIS_", "RABBITMQ_", "AMQP_", "DB_")
 """What the names of our settings begin with."""
 
 for _name in [name for name in os.environ if name.startswith(OURS)]:
@@ -58,6 +59,17 @@ def redis_cluster() -> Iterator[RedisCluster]:
         yield cluster
     finally:
         cluster.close()
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_server() -> Iterator[RabbitMQServer]:
+    """A RabbitMQ for all tests of the run; who stops it starts it again."""
+    server = RabbitMQServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ __all__ = [
 _CLASSES = {
     "embedded": "shared.providers.embedded:EmbeddedProvider",
     "redis": "shared.providers.redis:RedisProvider",
+    "rabbitmq": "shared.providers.rabbitmq:RabbitMQProvider",
 }
 
 
@@ -38,8 +39,8 @@ def check_provider(settings: Settings) -> None:
 
     :raises SettingsError: when not.
     """
-    capabilities = provider_class(settings).capabilities
-    if not settings.log and not capabilities.fans_out:
+    kind = provider_class(settings)
+    if not settings.log and not kind(settings).capabilities.fans_out:
         raise SettingsError(
             f"QUEUE_LOG: must be on where QUEUE_PROVIDER is {settings.provider}, which does not "
             "know by itself who subscribed"

@@ -67,6 +67,8 @@ class QueueProvider(ABC):
     def __init__(self, settings: Settings) -> None:
         """Keep the settings. No connection is made here."""
         self.settings = settings
+        self.notices: list[str] = []
+        """What operations should know. Who calls takes and logs them: it may, this may not."""
 
     @abstractmethod
     def initialize(self) -> None:

@@ -9,6 +9,8 @@ LABS = {
     "embedded-mariadb": "tests.conformance.labs:EmbeddedOnMariaDB",
     "redis": "tests.conformance.labs:OnRedis",
     "redis-cluster": "tests.conformance.labs:OnRedisCluster",
+    "rabbitmq": "tests.conformance.labs:OnRabbitMQ",
+    "rabbitmq-quorum": "tests.conformance.labs:OnRabbitMQQuorum",
 }
 
 

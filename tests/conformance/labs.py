@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 
 import pytest
 
-from shared.testing.conformance.lab import ProviderLab
-from tests.support.servers import MariaDBServer, RedisCluster, RedisServer
+from shared.providers.rabbitmq.layout import DELAY_LEVELS, beside, queue_name
+from shared.testing.conformance.lab import ProviderLab, Worker
+from tests.support.servers import MariaDBServer, RabbitMQServer, RedisCluster, RedisServer
 
 
 class EmbeddedOnSQLite(ProviderLab):
@@ -70,3 +72,45 @@ class OnRedisCluster(OnRedis):
     """Three nodes, named by REDIS_URL."""
 
     fixture = "redis_cluster"
+
+
+class OnRabbitMQ(ProviderLab):
+    """A RabbitMQ of its own beside a message log on SQLite."""
+
+    can_stop = True
+    server: RabbitMQServer
+
+    @classmethod
+    def from_fixtures(cls, request: pytest.FixtureRequest) -> ProviderLab:
+        server = request.getfixturevalue("rabbitmq_server")
+        lab = cls({**request.getfixturevalue("sqlite_log"), **server.environment})
+        lab.server = server
+        return lab
+
+    def options(self) -> Mapping[str, str]:
+        return {"QUEUE_PROVIDER": "rabbitmq"}
+
+    def clear(self) -> None:
+        names = [queue_name(each) for each in self.subscriptions()]
+        ends = ("dead", "paused")
+        self.server.delete_queues(
+            *names,
+            *[beside(name, end) for name in names for end in ends],
+            *[f"nameko.{kind}delay.{n}" for kind in ("", "quorum-") for n in range(DELAY_LEVELS)],
+        )
+
+    def lose_leases(self, worker: Worker) -> None:
+        worker.provider._inlet.connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def stop_server(self) -> None:
+        self.server.stop()
+
+    def start_server(self) -> None:
+        self.server.start()
+
+
+class OnRabbitMQQuorum(OnRabbitMQ):
+    """The same, with quorum queues."""
+
+    def options(self) -> Mapping[str, str]:
+        return {**super().options(), "RABBITMQ_QUEUE_TYPE": "quorum"}

@@ -165,7 +165,14 @@ def _redis(request: pytest.FixtureRequest) -> Mapping[str, str]:
     return {"QUEUE_PROVIDER": "redis", **server.environment, **log}
 
 
-BACKENDS = {"embedded": _embedded, "redis": _redis}
+def _rabbitmq(request: pytest.FixtureRequest) -> Mapping[str, str]:
+    server = request.getfixturevalue("rabbitmq_server")
+    server.empty()
+    log = request.getfixturevalue("mariadb_log")
+    return {"QUEUE_PROVIDER": "rabbitmq", **server.environment, **log}
+
+
+BACKENDS = {"embedded": _embedded, "redis": _redis, "rabbitmq": _rabbitmq}
 """What the way of an event has to be the same on: SQLite alone, or a broker and MariaDB."""
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import amqp
 import pymysql
 import pytest
 import redis
@@ -82,6 +83,10 @@ class Server(ABC):
         """What it printed."""
         return self.folder / "server.log"
 
+    def _variables(self) -> Mapping[str, str] | None:
+        """Return its environment; ``None`` for that of the tests."""
+        return None
+
     def start(self) -> None:
         """Start it, and return once it answers."""
         with self.log.open("ab") as output:
@@ -90,6 +95,7 @@ class Server(ABC):
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
+                env=self._variables(),
             )
         wait_until(
             self._is_up, START_SECONDS, lambda: f"the server to answer: {self._last_words()}"
@@ -418,3 +424,131 @@ class RedisSentinel(Server):
 
     def _client(self) -> Any:
         return redis.Redis(HOST, self.port, decode_responses=True, socket_timeout=5)
+
+
+class RabbitMQServer(Server):
+    """``rabbitmq-server``, a node of its own with an ``epmd`` of its own.
+
+    :param options: further lines of its ``rabbitmq.conf``.
+    """
+
+    USER = "queue_user"
+    # quotes, and whatever has a meaning in a URL: who composes one has to escape it
+    PASSWORD = "p@ss:w/ord?#%'\""
+
+    def __init__(self, *options: str) -> None:
+        self._program = find_rabbitmq("rabbitmq-server")
+        self._epmd_program = find_program("epmd", "erlang-base")
+        super().__init__()
+        self._epmd_port, self._node_port = free_port(), free_port()
+        self._epmd: subprocess.Popen[bytes] | None = None
+        lines = [
+            f"listeners.tcp.local = {HOST}:{self.port}",
+            f"default_user = {self.USER}",
+            "loopback_users = none",
+            "disk_free_limit.absolute = 1MB",
+            "log.console.level = warning",
+            *options,
+        ]
+        (self.folder / "rabbitmq.conf").write_text("\n".join(lines) + "\n")
+        (self.folder / "plugins").write_text("[].\n")
+        # the other file has comments that begin with #
+        password = self.PASSWORD.replace('"', '\\"')
+        rabbit = f'{{default_pass, <<"{password}">>}}, {{channel_tick_interval, 1000}}'
+        (self.folder / "advanced.config").write_text(f"[{{rabbit, [{rabbit}]}}].\n")
+
+    def command(self) -> Sequence[str]:
+        return [self._program]
+
+    def start(self) -> None:
+        if self._epmd is None:
+            epmd = [self._epmd_program, "-port", str(self._epmd_port), "-address", HOST]
+            self._epmd = subprocess.Popen([*mortal(), *epmd], stdin=subprocess.DEVNULL)
+        super().start()
+
+    def stop(self) -> None:
+        """Kill it: what it confirmed it has on disk, and to shut it down takes seconds."""
+        self.kill()
+
+    def answers(self) -> bool:
+        try:
+            self.connect().close()
+        except (OSError, amqp.AMQPError):
+            return False
+        return True
+
+    def connect(self, **options: Any) -> Any:
+        """Return a connection to it, of py-amqp's own."""
+        connection = amqp.Connection(
+            f"{HOST}:{self.port}", self.USER, self.PASSWORD, connect_timeout=5, **options
+        )
+        connection.connect()
+        return connection
+
+    def delete_queues(self, *names: str) -> None:
+        """Delete queues, those that are there."""
+        with self.connect() as connection, connection.channel() as channel:
+            for name in names:
+                channel.queue_delete(name)
+
+    def control(self, *command: str) -> str:
+        """Run ``rabbitmqctl``, which takes a second or two; return what it printed."""
+        program = find_rabbitmq("rabbitmqctl")
+        done = subprocess.run(
+            [program, "--quiet", *command],
+            env=self._variables(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=STOP_SECONDS,
+        )
+        assert done.returncode == 0, done.stderr + done.stdout
+        return done.stdout
+
+    def close(self) -> None:
+        self.kill()
+        if self._epmd is not None:
+            self._epmd.kill()
+            self._epmd.wait()
+        super().close()
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The settings that name it."""
+        return {
+            "RABBITMQ_HOST": HOST,
+            "RABBITMQ_PORT": str(self.port),
+            "RABBITMQ_USERNAME": self.USER,
+            "RABBITMQ_PASSWORD": self.PASSWORD,
+        }
+
+    def _variables(self) -> Mapping[str, str]:
+        return {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "HOME": str(self.folder),
+            "LANG": "C.UTF-8",
+            "ERL_EPMD_PORT": str(self._epmd_port),
+            "RABBITMQ_NODENAME": "tests@localhost",
+            "RABBITMQ_DIST_PORT": str(self._node_port),
+            "RABBITMQ_MNESIA_BASE": str(self.folder / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(self.folder),
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_CONF_ENV_FILE": os.devnull,
+            "RABBITMQ_CONFIG_FILE": str(self.folder / "rabbitmq.conf"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(self.folder / "advanced.config"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.folder / "plugins"),
+            # it does not spin while it waits: other servers share the processors
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 +sbwt none +sbwtdcpu none "
+            "+sbwtdio none -kernel inet_dist_use_interface {127,0,0,1}",
+            # as under systemd: the script becomes the server, whose pid this is
+            "NOTIFY_SOCKET": os.devnull,
+        }
+
+
+def find_rabbitmq(name: str) -> str:
+    """Return the path of one of RabbitMQ's programs.
+
+    The ones that Debian has in the PATH change the user first.
+    """
+    own = Path("/usr/lib/rabbitmq/bin") / name
+    return str(own) if own.exists() else find_program(name, "rabbitmq-server")

@@ -69,6 +69,9 @@ READ: Mapping[str, Read] = {
     "RABBITMQ_USERNAME": lambda s: s.rabbitmq_username,
     "RABBITMQ_PASSWORD": lambda s: s.rabbitmq_password,
     "RABBITMQ_VHOST": lambda s: s.rabbitmq_vhost,
+    "RABBITMQ_QUEUE_TYPE": lambda s: s.rabbitmq_queue_type,
+    "RABBITMQ_CONSUMER_TIMEOUT_SECONDS": lambda s: s.rabbitmq_consumer_timeout,
+    "AMQP_URI": lambda s: s.amqp_uri,
     "DB_HOST": lambda s: s.database and s.database.host,
     "DB_PORT": _database(lambda d: d.port),
     "DB_USER": _database(lambda d: d.user),
@@ -114,6 +117,9 @@ DEFAULTS = {
     "RABBITMQ_USERNAME": "guest",
     "RABBITMQ_PASSWORD": "guest",
     "RABBITMQ_VHOST": "/",
+    "RABBITMQ_QUEUE_TYPE": "classic",
+    "RABBITMQ_CONSUMER_TIMEOUT_SECONDS": 1800,
+    "AMQP_URI": "",
     "DB_HOST": None,
     "DB_PORT": 3306,
     "DB_USER": "queue_user",
@@ -128,6 +134,14 @@ REDIS_URLS = [
     "rediss://redis?ssl_ca_certs=/etc/ssl/redis.pem&ssl_check_hostname=no",
     "redis+sentinel://:p@a:26379,b/orders-redis/1?sentinel_password=q",
     "rediss+cluster://user:p@a:6379,b:6379,c/",
+]
+
+AMQP_URIS = [
+    "amqp://rabbitmq",
+    "pyamqp://us:p%40ss@rabbitmq:5673/shop",
+    "amqp://us:p%3A%2F@[::1]:5673/%2F",
+    "amqps://rabbitmq/?ssl_ca_certs=/etc/ssl/rabbitmq.pem",
+    "amqp://us:p@a:5672/shop;amqp://us:p@b:5672/shop",
 ]
 
 GOOD = [
@@ -170,6 +184,10 @@ GOOD = [
     ("RABBITMQ_USERNAME", "us", "us"),
     ("RABBITMQ_PASSWORD", "", ""),
     ("RABBITMQ_VHOST", "suite", "suite"),
+    ("RABBITMQ_QUEUE_TYPE", "quorum", "quorum"),
+    ("RABBITMQ_CONSUMER_TIMEOUT_SECONDS", "3600", 3600),
+    *(("AMQP_URI", uri, uri) for uri in AMQP_URIS),
+    ("AMQP_URI", "pyamqp://guest:guest@localhost", ""),
     ("DB_HOST", "db", "db"),
     ("DB_PORT", "3307", 3307),
     ("DB_USER", "us", "us"),
@@ -177,6 +195,7 @@ GOOD = [
     ("DB_NAME", "suite", "suite"),
 ]
 
+AMQP = "must be amqp://[user:password@]host[:port][/vhost] or amqps://"
 REDIS = "must be redis://[user:password@]host[:port][/db]"
 WHOLE = "must be a whole number from"
 PAIRS = "must be pairs source=queue, separated by commas"
@@ -262,6 +281,16 @@ BAD = [
     ("RABBITMQ_PORT", "amqp", f"{WHOLE} 1 to 65535"),
     ("RABBITMQ_USERNAME", "", "must not be empty"),
     ("RABBITMQ_VHOST", "", "must not be empty"),
+    ("RABBITMQ_QUEUE_TYPE", "stream", "must be one of classic, quorum"),
+    ("RABBITMQ_CONSUMER_TIMEOUT_SECONDS", "0", "must be a number from 1 to 86400"),
+    ("AMQP_URI", "rabbitmq", AMQP),
+    ("AMQP_URI", "amqp://", AMQP),
+    ("AMQP_URI", "http://rabbitmq", AMQP),
+    ("AMQP_URI", "amqp://:p@ss/word@rabbitmq", AMQP),
+    ("AMQP_URI", "amqp://rabbitmq:65536", AMQP),
+    ("AMQP_URI", "amqp://rabbitmq/a/b", AMQP),
+    ("AMQP_URI", "amqp://rabbitmq;", AMQP),
+    ("AMQP_URI", "amqp://rabbitmq?heartbeat=5", AMQP),
     ("DB_PORT", "0", f"{WHOLE} 1 to 65535"),
     ("DB_USER", "", "must not be empty"),
     ("DB_NAME", "", "must not be empty"),
@@ -276,11 +305,34 @@ SECRETS = {
     "DB_PASSWORD": SECRET,
     "MAIL_URL": f"smtp://us:{SECRET}@mail",
     "REDIS_URL": f"redis://us:{SECRET}@redis",
+    "AMQP_URI": f"amqp://us:{SECRET}@rabbitmq",
 }
 
 
 def load(name: str, value: Any) -> Settings:
     return load_settings({**BESIDE.get(name, {}), name: value})
+
+
+class TestRabbitMQ:
+    def test_is_where_the_single_variables_say(self) -> None:
+        settings = load_settings(
+            {
+                "RABBITMQ_HOST": "::1",
+                "RABBITMQ_PORT": "5673",
+                "RABBITMQ_USERNAME": "us",
+                "RABBITMQ_PASSWORD": "p@ss:w/ord?#%",
+                "RABBITMQ_VHOST": "/",
+            }
+        )
+        assert settings.rabbitmq_uri == "amqp://us:p%40ss%3Aw%2Ford%3F%23%25@[::1]:5673/%2F"
+
+    def test_is_where_the_uri_says_if_there_is_one(self) -> None:
+        beside = {"RABBITMQ_HOST": "elsewhere"}
+        assert load_settings({**beside, "AMQP_URI": AMQP_URIS[0]}).rabbitmq_uri == AMQP_URIS[0]
+
+    def test_is_not_where_namekos_command_line_says_unasked(self) -> None:
+        config = {"RABBITMQ_HOST": "elsewhere", "AMQP_URI": "pyamqp://guest:guest@localhost"}
+        assert "@elsewhere:5672/" in load_settings(config).rabbitmq_uri
 
 
 class TestEachVariable:

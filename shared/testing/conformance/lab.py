@@ -19,8 +19,9 @@ from shared.lifecycle import FINAL, DeliveryStatus
 from shared.native import Signal, sleep
 from shared.providers import QueueProvider, make_provider
 from shared.settings import load_settings
-from shared.store import attempts, log, subscriptions
+from shared.store import adoption, attempts, backlog, log, subscriptions
 from shared.store.summary import refresh
+from shared.tables import SUBSCRIPTION_COLUMNS, subscription_of
 from shared.tables import deliveries as deliveries_table
 from shared.types import (
     Delivery,
@@ -89,6 +90,16 @@ class ProviderLab(ABC):
 
     def lose_leases(self, worker: Worker) -> None:  # noqa: B027 - most run out by themselves
         """Have a worker lose its leases without noticing, where they do not run out in time."""
+
+    def subscriptions(self) -> list[Subscription]:
+        """Return all that the message log knows."""
+        database = Database(database_url(self.settings), sleep)
+        try:
+            with database.transaction() as tx:
+                rows = tx.connection.execute(select(*SUBSCRIPTION_COLUMNS)).all()
+        finally:
+            database.close()
+        return [subscription_of(row) for row in rows]
 
     def stop_server(self) -> None:
         """Take the provider's server away."""
@@ -164,7 +175,11 @@ class Worker:
             Envelope(new_message_id(), QUEUE, event_type, body, priority=priority, delay=delay)
             for _ in range(count)
         ]
-        return self._in_log(lambda tx: log.append(tx, envelopes, 3))
+        handover = log.IN_LOG
+        if not self._joins_log:
+            fans_out = self.provider.capabilities.fans_out
+            handover = log.Handover(backlog.PUBLISH_SECONDS, fans_out=fans_out)
+        return self._in_log(lambda tx: log.append(tx, envelopes, 3, handover=handover))
 
     def publish(self, deliveries: Sequence[Delivery]) -> None:
         """Tell the provider of deliveries that are in the log."""
@@ -259,14 +274,19 @@ class Worker:
     # --- within
 
     def _begin(self, tx: Transaction, leases: Sequence[Lease]) -> attempts.Started:
-        started = attempts.start(tx, leases, self.name)
+        can = self.provider.capabilities
+        held_for = None if can.joins_log else 0.0 if can.leases_expire else LEASE_SECONDS
+        leases = adoption.adopt(tx, leases, 3)
+        started = attempts.start(tx, leases, self.name, held_for=held_for)
         refresh(tx, {lease.delivery.message.id for lease in leases})
-        if self.provider.capabilities.deduplicates:
+        if can.deduplicates:
             assert started.settled == [], "was handed out although its outcome is stored"
         return started
 
     def _record(self, tx: Transaction, outcomes: Sequence[Outcome]) -> None:
         stored, _ = attempts.record(tx, outcomes)
+        if not (self._joins_log or self.provider.capabilities.leases_expire):
+            attempts.let_go(tx, stored)
         refresh(tx, {outcome.lease.delivery.message.id for outcome in stored})
 
     def _record_and_settle(

@@ -1,0 +1,511 @@
+"""The provider itself: what of the interface is done by which connection."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from time import monotonic
+from typing import Any
+
+import amqp
+
+from shared.errors import ProviderError, ProviderUnavailableError, UnsupportedByProviderError
+from shared.native import select as wait_ready
+from shared.providers.base import Capabilities, QueueProvider, SubscriptionStats
+from shared.providers.rabbitmq.driver import (
+    DRIVER_ERRORS,
+    Blocked,
+    connected,
+    keep_silent_in_threads,
+    meaning_of,
+    targets_of,
+)
+from shared.providers.rabbitmq.layout import (
+    DUE_QUEUES,
+    OUR_PREFIX,
+    Layout,
+    beside,
+    delay_header,
+    delay_levels,
+    exchange_name,
+    queue_name,
+)
+from shared.providers.rabbitmq.messages import (
+    Held,
+    Moves,
+    Publication,
+    copied,
+    count_of,
+    delivery_of,
+    encoded,
+    numbers_of,
+    order,
+)
+from shared.providers.rabbitmq.sides import Got, Hungry, Inlet, Outlet, with_shares
+from shared.settings import Settings
+from shared.types import Delivery, Lease, SettleAction, Settlement, Subscription
+
+MOST_PUSHED = 100
+"""Deliveries of one subscription that RabbitMQ may push before one is settled."""
+
+LEASE_SHARE = 0.8
+"""Of RabbitMQ's own limit, how long a lease may last: the limit is checked once a minute."""
+
+
+class RabbitMQProvider(QueueProvider):
+    """See the module's docstring."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._layout = Layout(settings.rabbitmq_queue_type == "quorum")
+        self.capabilities = Capabilities(
+            priorities=not self._layout.is_quorum,
+            peek=False,
+            deduplicates=False,
+            leases_expire=False,
+            counts_all=False,
+            fans_out=True,
+        )
+        self.longest_lease = LEASE_SHARE * settings.rabbitmq_consumer_timeout
+        self._targets = targets_of(settings.rabbitmq_uri)
+        self._inlet: Inlet | None = None
+        self._outlet: Outlet | None = None
+        self._mine: dict[int, Subscription] = {}
+        self._paused: set[int] = set()
+        # declared by plain nameko, without what we want of a queue
+        self._plain: set[int] = set()
+        # how many more of each subscription the last reserve had room for
+        self._rooms: dict[int, int] = {}
+        # how many each queue had left when it was last asked
+        self._counts: dict[int, int] = {}
+        self._turns = 0
+        # whether what is ready has come, or is on its way, without being asked for
+        self._is_pushed = False
+        self._is_roused = False
+        keep_silent_in_threads()
+
+    def initialize(self) -> None:
+        self.close()
+        with self._translated():
+            self._open()
+
+    def close(self) -> None:
+        for each in (self._inlet, self._outlet):
+            if each is not None:
+                each.connection.end()
+        self._inlet = self._outlet = None
+        self._is_pushed = False
+
+    def declare(self, subscriptions: Sequence[Subscription]) -> None:
+        with self._translated():
+            inlet, _ = self._connect()
+            for subscription in subscriptions:
+                self._declare(inlet, subscription)
+                self._mine[subscription.id] = subscription
+
+    def publish(self, deliveries: Sequence[Delivery], tx: Any = None) -> list[Delivery]:
+        if not deliveries:
+            return []
+        with self._translated():
+            _, outlet = self._connect()
+            publications = self._publications(deliveries)
+            self._prepare(outlet, publications)
+            unrouted = outlet.send(publications)
+        return [delivery for each in unrouted for delivery in each.deliveries]
+
+    def published(self, deliveries: Sequence[Delivery]) -> None:
+        """Do nothing: RabbitMQ pushes to who consumes."""
+
+    def wait(self, timeout: float, interrupt: int, hungry: bool = True) -> None:
+        deadline = monotonic() + max(timeout, 0)
+        with contextlib.suppress(ProviderError), self._translated():
+            if self._wait(deadline, interrupt, hungry):
+                return
+        if self._mine and hungry:
+            return  # deaf: the next reserve connects again, or says what is wrong
+        wait_ready([interrupt], [], [], max(deadline - monotonic(), 0))
+
+    def reserve(self, limits: Mapping[int, int], limit: int, tx: Any = None) -> list[Lease]:
+        with self._translated():
+            try:
+                held = self._reserve(limits, limit)
+            except amqp.NotFound:
+                # a queue was deleted; it is declared again with everything else
+                self.close()
+                held = self._reserve(limits, limit)
+            return [self._lease(each) for each in held]
+
+    def settle(self, settlements: Sequence[Settlement], tx: Any = None) -> list[Settlement]:
+        if not settlements:
+            return []
+        with self._translated():
+            inlet, outlet = self._connect()
+            ours, refused = inlet.sort_out(settlements)
+            stays = self._send_copies(inlet, outlet, ours)
+            inlet.settle([(held, stays.get(held.handle, action)) for held, action in ours.moves()])
+        return refused
+
+    def extend(self, leases: Sequence[Lease], tx: Any = None) -> list[Lease]:
+        with self._translated():
+            inlet, _ = self._connect()
+            return [lease for lease in leases if lease.handle not in inlet.held]
+
+    def get_queue_stats(self, subscriptions: Sequence[Subscription]) -> list[SubscriptionStats]:
+        with self._translated():
+            inlet, _ = self._connect()
+            return [self._stats(inlet, subscription) for subscription in subscriptions]
+
+    def health_check(self) -> bool:
+        try:
+            with self._translated():
+                inlet, outlet = self._connect()
+                inlet.ping()
+                return outlet.ping()
+        except ProviderError:
+            return False
+
+    def pause(self, subscription: Subscription) -> None:
+        with self._translated():
+            inlet, outlet = self._connect()
+            name = queue_name(subscription)
+            inlet.scratch.queue_declare(
+                beside(name, "paused"),
+                durable=True,
+                auto_delete=False,
+                arguments=self._layout.kind(),
+            )
+            outlet.tell(name, True)
+            self._note_pause(name, True)
+
+    def resume(self, subscription: Subscription) -> None:
+        with self._translated():
+            inlet, outlet = self._connect()
+            name = queue_name(subscription)
+            inlet.scratch.queue_delete(beside(name, "paused"))
+            outlet.tell(name, False)
+            self._note_pause(name, False)
+
+    def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
+        # who cannot reach the server says so first, as every provider does
+        with self._translated():
+            self._connect()
+        raise UnsupportedByProviderError("RabbitMQ cannot show what waits without handing it out")
+
+    def purge(self, subscription: Subscription) -> int:
+        with self._translated():
+            inlet, _ = self._connect()
+            inlet.disarm()
+            pushed = inlet.take_pushed({subscription.id: len(inlet.pushed)}, len(inlet.pushed))
+            inlet.settle([(held, SettleAction.ACKNOWLEDGE) for held in pushed])
+            inlet.give_back()
+            return len(pushed) + inlet.purge(queue_name(subscription))
+
+    def forget(self, subscription: Subscription) -> None:
+        with self._translated():
+            inlet, _ = self._connect()
+            self._mine.pop(subscription.id, None)
+            inlet.leave(subscription.id)
+            name = queue_name(subscription)
+            for each in (name, beside(name, "dead"), beside(name, "paused")):
+                inlet.scratch.queue_delete(each)
+
+    # --- connections
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Turn the driver's errors into ours; after any of them, connect anew."""
+        try:
+            yield
+        except Blocked as exc:
+            raise ProviderUnavailableError(
+                f"RabbitMQ at {self._where} takes no messages: it is short of memory or disk"
+            ) from exc
+        except DRIVER_ERRORS as exc:
+            self.close()
+            kind, said = meaning_of(exc)
+            raise kind(f"RabbitMQ at {self._where}: {said}") from exc
+
+    @property
+    def _where(self) -> str:
+        return ",".join(str(target) for target in self._targets)
+
+    def _connect(self) -> tuple[Inlet, Outlet]:
+        """Return both connections; anew, should they be found to be lost."""
+        try:
+            self._hear()
+        except DRIVER_ERRORS:
+            self.close()
+        if self._inlet is None or self._outlet is None:
+            return self._open()
+        return self._inlet, self._outlet
+
+    def _open(self) -> tuple[Inlet, Outlet]:
+        outlet = self._outlet = Outlet(connected(self._targets, "publishes"))
+        inlet = self._inlet = Inlet(connected(self._targets, "consumes"))
+        for subscription in self._mine.values():
+            self._declare(inlet, subscription)
+        return inlet, outlet
+
+    def _hear(self) -> None:
+        """Take in what has arrived on both connections, and keep them alive."""
+        if self._inlet is None or self._outlet is None:
+            return
+        for connection in (self._inlet.connection, self._outlet.connection):
+            connection.poll()
+            connection.beat()
+        self._learn(self._inlet)
+
+    def _learn(self, inlet: Inlet) -> None:
+        for name, is_paused in inlet.take_news():
+            self._note_pause(name, is_paused)
+        for subscription_id in inlet.take_gone():
+            if subscription_id in self._mine:
+                self._declare(inlet, self._mine[subscription_id])
+                self._is_roused = True
+
+    def _note_pause(self, name: str, is_paused: bool) -> None:
+        for subscription in self._mine.values():
+            if queue_name(subscription) != name:
+                continue
+            if is_paused:
+                self._paused.add(subscription.id)
+            else:
+                self._paused.discard(subscription.id)
+                self._is_roused = True
+
+    # --- declaring
+
+    def _declare(self, inlet: Inlet, subscription: Subscription) -> None:
+        name, is_lasting = queue_name(subscription), subscription.reliable
+        inlet.declare_exchange(exchange_name(subscription.source))
+        is_ours = inlet.declare_queue(subscription, self._layout.arguments(subscription))
+        inlet.scratch.queue_bind(
+            name, exchange_name(subscription.source), routing_key=subscription.event_type
+        )
+        if is_ours:
+            self._plain.discard(subscription.id)
+        elif subscription.id not in self._plain:
+            self._plain.add(subscription.id)
+            self.notices.append(
+                f"{name}: declared by plain nameko, without priorities and dead letters; "
+                "queuectl rabbitmq upgrade-queues adds them"
+            )
+        if is_lasting:
+            inlet.declare_lasting(beside(name, "dead"), self._layout.kind())
+        inlet.declare_due()
+        inlet.scratch.queue_bind(name, DUE_QUEUES, routing_key=name)
+        if inlet.count(beside(name, "paused")) is None:
+            self._paused.discard(subscription.id)
+        else:
+            self._paused.add(subscription.id)
+        if not is_lasting:
+            inlet.anchor(subscription.id, name)
+
+    # --- publishing
+
+    def _publications(self, deliveries: Sequence[Delivery]) -> list[Publication]:
+        made: dict[Any, Publication] = {}
+        for delivery in deliveries:
+            if delivery.to is not None:
+                made[id(delivery)] = self._to_one(delivery, queue_name(delivery.to))
+                continue
+            known = made.get(delivery.message.id)
+            if known is None:
+                made[delivery.message.id] = self._to_all(delivery)
+            else:
+                known.deliveries.append(delivery)
+        for publication in made.values():
+            publication.number()
+        return list(made.values())
+
+    def _to_all(self, delivery: Delivery) -> Publication:
+        message = delivery.message
+        exchange = exchange_name(self.settings.source_of(message.queue))
+        made = Publication(encoded(message), exchange, message.type, [delivery], is_new=True)
+        return self._delayed(made, delivery.delay)
+
+    def _to_one(self, delivery: Delivery, name: str) -> Publication:
+        message = encoded(delivery.message)
+        message.properties["application_headers"].update(numbers_of(delivery))
+        return self._delayed(Publication(message, "", name, [delivery]), delivery.delay)
+
+    def _delayed(self, publication: Publication, seconds: float) -> Publication:
+        levels = delay_levels(seconds)
+        if not levels:
+            return publication
+        headers = publication.message.properties["application_headers"]
+        headers.update({delay_header(level): True for level in levels})
+        if publication.exchange:
+            publication.source = publication.exchange
+            headers[f"{OUR_PREFIX}to"] = publication.exchange
+        publication.level = levels[0]
+        publication.exchange = self._layout.delay(levels[0])
+        return publication
+
+    def _prepare(self, outlet: Outlet, publications: Sequence[Publication]) -> None:
+        """Declare what they go through."""
+        for publication in publications:
+            if publication.is_new:
+                outlet.declare_exchange(publication.source or publication.exchange)
+        level = max((publication.level for publication in publications), default=-1)
+        if level >= 0:
+            outlet.declare_delays(self._layout, level)
+        for publication in publications:
+            if publication.source:
+                outlet.bind_due(publication.source)
+
+    def _send_copies(self, inlet: Inlet, outlet: Outlet, ours: Moves) -> dict[Any, SettleAction]:
+        """Publish what is to come again later, and what is to be kept as a dead letter.
+
+        :returns: what to do with the originals instead of what was asked.
+        """
+        copies = [*map(self._retried, ours.retries), *self._buried(inlet, ours.dead)]
+        if not copies:
+            return {}
+        self._prepare(outlet, copies)
+        unrouted = {id(copy) for copy in outlet.send(copies)}
+        return {
+            copy.original: SettleAction.RELEASE
+            if id(copy) in unrouted
+            else SettleAction.ACKNOWLEDGE
+            for copy in copies
+        }
+
+    def _retried(self, retry: tuple[Held, Settlement]) -> Publication:
+        held, settlement = retry
+        delivery = settlement.lease.delivery
+        message = copied(held, delivery, attempts=delivery.attempts + 1)
+        copy = Publication(message, "", held.queue, [delivery], original=held.handle)
+        return self._delayed(copy, settlement.delay)
+
+    def _buried(
+        self, inlet: Inlet, dead: Iterable[tuple[Held, Settlement]]
+    ) -> Iterator[Publication]:
+        """Bury by hand what its queue cannot: it was declared without dead letters."""
+        for held, settlement in dead:
+            if held.subscription_id in self._plain:
+                name = beside(held.queue, "dead")
+                inlet.declare_lasting(name, self._layout.kind())
+                delivery = settlement.lease.delivery
+                message = copied(held, delivery, attempts=delivery.attempts + 1)
+                yield Publication(message, "", name, [delivery], original=held.handle)
+
+    # --- consuming
+
+    def _wait(self, deadline: float, interrupt: int, hungry: bool) -> bool:
+        """Wait; return False where there is no connection to wait by."""
+        if self._inlet is None or self._outlet is None:
+            return False
+        inlet, connections = self._inlet, (self._inlet.connection, self._outlet.connection)
+        self._is_pushed = False
+        if hungry and self._mine:
+            inlet.arm(self._wanted())
+        else:
+            inlet.disarm()
+        while True:
+            self._hear()
+            if not hungry:
+                inlet.give_back()
+            elif self._is_roused or inlet.has_pushed(self._mine.keys() - self._paused):
+                self._is_pushed, self._is_roused = True, False
+                return True
+            left = min(deadline, *[each.next_beat for each in connections]) - monotonic()
+            watched = [interrupt, *[each.fileno() for each in connections]]
+            readable, _, _ = wait_ready(watched, [], [], max(left, 0))
+            if interrupt in readable:
+                self._is_pushed = hungry
+                return True
+            if not readable and monotonic() >= deadline:
+                return True
+
+    def _wanted(self) -> dict[int, tuple[str, int]]:
+        """Return for each subscription its queue, and how many of it there is room for."""
+        return {
+            each.id: (queue_name(each), max(1, min(self._rooms.get(each.id, 1), MOST_PUSHED)))
+            for each in self._mine.values()
+            if each.id not in self._paused
+        }
+
+    def _reserve(self, limits: Mapping[int, int], limit: int) -> list[Held]:
+        inlet, _ = self._connect()
+        if not self._is_pushed:
+            inlet.disarm()
+        self._is_pushed = False
+        self._turns += 1
+        found: list[Held] = []
+        while True:
+            self._is_roused = False
+            rooms = self._rooms_of(limits, limit, found)
+            found += inlet.take_pushed(rooms, limit - len(found))
+            rooms = self._rooms_of(limits, limit, found)
+            found += self._fetch(inlet, self._hungry(inlet, rooms), limit - len(found))
+            if not self._is_roused:
+                break
+        self._rooms = self._rooms_of(limits, limit, found)
+        if len(found) >= limit:
+            inlet.disarm()
+        inlet.give_back()
+        return sorted(found, key=order)
+
+    def _rooms_of(
+        self, limits: Mapping[int, int], limit: int, found: Sequence[Held]
+    ) -> dict[int, int]:
+        """Return for how many more of each subscription there is room."""
+        had = Counter(held.subscription_id for held in found)
+        left = limit - len(found)
+        rooms = {
+            each: min(most - had[each], left)
+            for each, most in limits.items()
+            if each in self._mine and each not in self._paused
+        }
+        return {each: room for each, room in rooms.items() if room > 0}
+
+    def _hungry(self, inlet: Inlet, rooms: Mapping[int, int]) -> list[Hungry]:
+        """Return who may have more, beginning with another each time."""
+        hungry = [
+            Hungry(each, queue_name(self._mine[each]), room, self._counts.get(each, 1))
+            for each, room in rooms.items()
+            if not inlet.is_drained(each)
+        ]
+        start = self._turns % max(len(hungry), 1)
+        return hungry[start:] + hungry[:start]
+
+    def _fetch(self, inlet: Inlet, hungry: list[Hungry], limit: int) -> list[Held]:
+        """Ask for what is ready, and whether anything was paused or resumed."""
+        found: list[Held] = []
+        is_news = limit > 0 and inlet.ask_for_news()
+        while is_news or (hungry and len(found) < limit):
+            is_news = False
+            asked = [x for x in with_shares(hungry, limit - len(found)) if x.share > 0]
+            answers = inlet.get(asked)
+            self._learn(inlet)
+            for each, got in zip(asked, answers, strict=True):
+                found += self._taken(inlet, each, got)
+            hungry = [each for each in hungry if each.has_more and each.room > 0]
+        return found
+
+    def _taken(self, inlet: Inlet, hungry: Hungry, got: Got) -> list[Held]:
+        hungry.take(got)
+        self._counts[hungry.subscription_id] = max(hungry.count, 1)
+        if hungry.subscription_id not in self._paused:
+            return got.found
+        hungry.has_more = False
+        inlet.settle([(held, SettleAction.RELEASE) for held in got.found])
+        return []
+
+    def _lease(self, held: Held) -> Lease:
+        subscription = self._mine[held.subscription_id]
+        return Lease(
+            delivery_of(held, subscription),
+            token=0,
+            redelivered=held.is_redelivered,
+            handle=held.handle,
+        )
+
+    def _stats(self, inlet: Inlet, subscription: Subscription) -> SubscriptionStats:
+        name = queue_name(subscription)
+        # in this order: asked for its count, a queue has passed on its dead letters before
+        waiting = (inlet.count(name) or 0) + count_of(inlet.pushed, subscription.id)
+        dead = inlet.count(beside(name, "dead")) or 0
+        return SubscriptionStats(subscription.subscriber, waiting, None, None, dead)
