@@ -32,6 +32,7 @@ from shared.events.commands import (
     Finish,
     Forget,
     Free,
+    Noticed,
     Publish,
     Published,
     Reserved,
@@ -91,6 +92,7 @@ class ApartPump(Pump):
         self._log_keeps_leases = not self._provider.capabilities.leases_expire
         self._reports = Reports()
         self._is_up = False
+        self._is_first = True
         self._is_declared = False
         self._is_activated = False
         self._was_down = False
@@ -110,6 +112,7 @@ class ApartPump(Pump):
             Down: self._take_down,
             Declared: self._take_declared,
             Crashed: self._take_crashed,
+            Noticed: self._take_notice,
             Consume: self._take_consume,
             Check: self._tell,
             StopConsuming: self._tell,
@@ -190,6 +193,9 @@ class ApartPump(Pump):
     def _take_consume(self, command: Consume) -> None:
         self._consuming = command
 
+    def _take_notice(self, report: Noticed) -> None:
+        self._say(logging.WARNING, "%s", report.text)
+
     def _take_crashed(self, report: Crashed) -> None:
         raise report.error
 
@@ -208,8 +214,8 @@ class ApartPump(Pump):
     def _announce(self, wanted: Consume) -> None:
         # the provider has to have its queues before anybody dispatches to them
         mine = self._database.run(lambda tx: subscriptions.announce(tx, wanted.subscriptions))
-        if mine != self._mine:
-            self._is_declared = False
+        if mine != self._mine or self._is_first:
+            self._is_first = self._is_declared = False
             self._carrier.inbox.send(Declare(mine, wanted.batches, wanted.workers))
         self._mine, self._is_registered, self._is_activated = mine, True, False
 

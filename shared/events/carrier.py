@@ -24,6 +24,7 @@ from shared.events.commands import (
     Finish,
     Forget,
     Free,
+    Noticed,
     Publish,
     Published,
     Reserved,
@@ -136,6 +137,7 @@ class Carrier:
                 self._renew()
                 self._reserve()
                 self._forget()
+        self._tell_notices()
         if self._unpublished:
             new, self._unpublished = self._unpublished, []
             self._report(Unpublished(_all(new), _has_backlog(new)))
@@ -230,6 +232,10 @@ class Carrier:
         while self._forgotten:
             self._provider.forget(self._forgotten[0])
             del self._forgotten[0]
+
+    def _tell_notices(self) -> None:
+        while self._provider.notices:
+            self._report(Noticed(self._provider.notices.pop(0)))
 
     # --- trouble
 

@@ -153,6 +153,13 @@ class Down:
 
 
 @dataclass(slots=True)
+class Noticed:
+    """The provider has something to be logged."""
+
+    text: str
+
+
+@dataclass(slots=True)
 class Crashed:
     """The carrier ended by what nobody expected."""
 

@@ -26,6 +26,7 @@ from shared.events.commands import (
     Declared,
     Down,
     Finish,
+    Noticed,
     Publish,
     Published,
     Reserved,
@@ -92,6 +93,7 @@ class UnloggedPump:
             Up: self._take_up,
             Down: self._take_down,
             Crashed: self._take_crashed,
+            Noticed: self._take_notice,
         }
 
     def die_by(self, deadline: float) -> None:
@@ -173,6 +175,9 @@ class UnloggedPump:
         self._mailbox.answer(
             self._say_on_hub, logging.ERROR, "provider unreachable: %s", report.reason
         )
+
+    def _take_notice(self, report: Noticed) -> None:
+        self._mailbox.answer(self._say_on_hub, logging.WARNING, "%s", report.text)
 
     def _take_crashed(self, report: Crashed) -> None:
         raise report.error

@@ -167,9 +167,8 @@ def _redis(request: pytest.FixtureRequest) -> Mapping[str, str]:
 
 def _rabbitmq(request: pytest.FixtureRequest) -> Mapping[str, str]:
     server = request.getfixturevalue("rabbitmq_server")
-    server.empty()
-    log = request.getfixturevalue("mariadb_log")
-    return {"QUEUE_PROVIDER": "rabbitmq", **server.environment, **log}
+    broker = {**server.environment, "RABBITMQ_VHOST": server.new_vhost()}
+    return {"QUEUE_PROVIDER": "rabbitmq", **broker, **request.getfixturevalue("mariadb_log")}
 
 
 BACKENDS = {"embedded": _embedded, "redis": _redis, "rabbitmq": _rabbitmq}
