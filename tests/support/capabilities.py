@@ -11,9 +11,11 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import fields
 from importlib import import_module
+from tempfile import TemporaryDirectory
 
 import shared.providers
 from shared.providers import Capabilities, QueueProvider
+from shared.settings import load_settings
 from tests.support.processes import ROOT
 
 DOCUMENT = ROOT / "docs/providers.md"
@@ -45,11 +47,14 @@ def meanings() -> dict[str, str]:
 
 def table() -> str:
     """Return the table as Markdown."""
-    names = dict(sorted(providers()))
+    with TemporaryDirectory() as folder:
+        settings = load_settings({"QUEUE_DATA_DIR": folder})
+        # an instance, since some can more or less by their settings
+        names = {name: each(settings).capabilities for name, each in sorted(providers())}
     said = meanings()
     rows = [["Flag", *[f"`{name}`" for name in names], "Means"], ["---"] * (len(names) + 2)]
     for flag in fields(Capabilities):
-        has = [getattr(each.capabilities, flag.name) for each in names.values()]
+        has = [getattr(each, flag.name) for each in names.values()]
         answers = ["yes" if each else "no" for each in has]
         rows.append([f"`{flag.name}`", *answers, said[flag.name]])
     return "".join(f"| {' | '.join(row)} |\n".replace(" --- ", "---") for row in rows)
