@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import sqlite3
@@ -28,6 +29,9 @@ TRANSIENT_CODES = frozenset({1205, 1213, 1020, 1062})
 """MySQL and MariaDB: lock wait timeout, deadlock, record changed since it was read, and a
 duplicate: of what somebody else stored since it was looked for."""
 
+
+CLOCK_SECONDS = 1.0
+"""How long the time of a database server is reckoned on before it is asked again."""
 
 TRANSIENT_TRIES = 10
 """How often a transaction is done again that lost a deadlock."""
@@ -157,10 +161,14 @@ class Database:
     """The one connection of one native thread, made anew after it was lost."""
 
     def __init__(self, url: URL, sleep: Sleep) -> None:
+        self._sleep = sleep
         self._engine = make_engine(url, sleep)
         self._connection: Connection | None = None
         self._is_durable = True
         self._file: tuple[int, int] | None = None
+        self._reader: Connection | None = None
+        self._clock = datetime.min
+        self._asked_at = -math.inf
 
     @property
     def is_sqlite(self) -> bool:
@@ -186,6 +194,8 @@ class Database:
             yield tx
         except BaseException as exc:
             self._roll_back()
+            if isinstance(exc, DBAPIError) and exc.connection_invalidated:
+                self.drop_connection()
             if isinstance(exc, OperationalError) and not is_transient(exc):
                 raise StoreUnavailableError(str(exc.orig)) from exc
             raise
@@ -197,13 +207,43 @@ class Database:
         :raises StoreUnavailableError: as :meth:`transaction`.
         """
         for _ in range(TRANSIENT_TRIES):
+            was_kept = self._connection is not None
             try:
                 with self.transaction(durable=durable) as tx:
                     return step(tx)
+            except CommitUncertainError:
+                raise
+            except StoreUnavailableError as exc:
+                # the server was restarted meanwhile, or ended what it took to be idle
+                if not (was_kept and getattr(exc.__cause__, "connection_invalidated", False)):
+                    raise
             except SQLAlchemyError as exc:
                 if not is_transient(exc):
                     raise
         raise StoreUnavailableError(f"lost {TRANSIENT_TRIES} deadlocks in turn")
+
+    def read(self, query: Callable[[Transaction], _T]) -> _T:
+        """Return what ``query`` returns, of SELECTs past any transaction: a round trip for each.
+
+        :raises StoreUnavailableError: when the database does not answer.
+        """
+        try:
+            if self._reader is None:
+                self._reader = make_reader(self._engine.url, self._sleep).connect()
+            return query(Transaction(self._reader, self._clock))
+        except SQLAlchemyError as exc:
+            self._drop_reader()
+            raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
+
+    def _drop_reader(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            with contextlib.suppress(Exception):
+                reader.invalidate()
+            with contextlib.suppress(Exception):
+                reader.close()
+            with contextlib.suppress(Exception):
+                reader.engine.dispose()
 
     def ping(self) -> bool:
         """Say whether the database answers. Never raises."""
@@ -225,6 +265,7 @@ class Database:
     def close(self) -> None:
         """Close the connection. Never raises."""
         self.drop_connection()
+        self._drop_reader()
         with contextlib.suppress(Exception):
             self._engine.dispose()
 
@@ -234,7 +275,7 @@ class Database:
             connection = self._connect()
             self._set_durable(connection, durable)
             connection.begin()
-            return Transaction(connection, utc_now(connection))
+            return Transaction(connection, self._now(connection))
         except StoreUnavailableError:
             self.drop_connection()
             raise
@@ -249,11 +290,21 @@ class Database:
         if self._connection is None or self._connection.closed:
             self._connection = self._engine.connect()
             self._is_durable = True
+            self._asked_at = -math.inf
             self._file = self._file_now()
         elif self._file != self._file_now():
             # what is stored in a file without a name is gone when this process is
             raise StoreUnavailableError(f"{self._engine.url.database} was removed or replaced")
         return self._connection
+
+    def _now(self, connection: Connection) -> datetime:
+        """Return the database's time: asked for anew once a second, and reckoned in between."""
+        if self.is_sqlite:
+            return utc_now(connection)
+        passed = time.monotonic() - self._asked_at
+        if passed > CLOCK_SECONDS:
+            self._clock, self._asked_at, passed = utc_now(connection), time.monotonic(), 0.0
+        return self._clock + timedelta(milliseconds=int(passed * 1000))
 
     def _file_now(self) -> tuple[int, int] | None:
         """Return what tells the database's file from another of the same name."""

@@ -60,6 +60,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self._commands: deque[Any] = deque()
+        self._quiet: deque[Any] = deque()
         self._signal = Signal()
 
     def fileno(self) -> int:
@@ -69,15 +70,26 @@ class Inbox:
     def send(self, command: Any) -> None:
         """Give the thread a command."""
         self._commands.append(command)
-        self._signal.ring()
+        # who put the one before it has rung, and it is not taken yet
+        if len(self._commands) <= 1:
+            self._signal.ring()
+
+    def send_quietly(self, command: Any) -> None:
+        """Give the thread a command that it need not wake up for."""
+        self._quiet.append(command)
 
     def take(self) -> list[Any]:
         """Take all commands that gathered."""
         self._signal.clear()
         taken = []
-        while self._commands:
-            taken.append(self._commands.popleft())
+        for commands in (self._commands, self._quiet):
+            while commands:
+                taken.append(commands.popleft())
         return taken
+
+    def has_quiet(self) -> bool:
+        """Whether there is something that nobody woke the thread for."""
+        return bool(self._quiet)
 
     def wait(self, timeout: float) -> None:
         """Wait for a command, at most ``timeout`` seconds."""

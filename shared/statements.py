@@ -91,7 +91,7 @@ class _Compiled:
             for name, bind in compiled.binds.items()
             if (processor := _bind_processor(bind.type, dialect)) is not None
         }
-        selected = list(getattr(statement, "selected_columns", ()))
+        selected = list(getattr(statement, "exported_columns", ()))
         names = [column.name for column in selected]
         row_type: Any = namedtuple("row_type", names)  # type: ignore[misc]
         self._make_row = row_type._make

@@ -59,16 +59,32 @@ FINISH_SECONDS = 3.0
 """How long the provider may take for what is left to be told to it."""
 
 
+UNBEGUN_SECONDS = 0.2
+"""How long a handler may run before the log is told that it began: most are over by then."""
+
+OUTCOME_SECONDS = 0.01
+"""How long outcomes gather to be stored together. Nobody waits for them: their workers are free,
+and what a crash takes comes again."""
+
+MOST_OUTCOMES = 100
+"""Outcomes that are stored sooner than that."""
+
+PUBLISHED_SECONDS = 0.2
+"""How long it may take to note what is published: many at once, and most are done with by then."""
+
+MOST_PUBLISHED = 500
+"""Deliveries that are noted to be published sooner than that."""
+
+
 @dataclass(slots=True)
 class Reports:
     """What the provider's thread said since the last turn that was stored."""
 
-    published: list[Delivery] = field(default_factory=list)
     unpublished: list[Delivery] = field(default_factory=list)
     reserved: list[Lease] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.published or self.unpublished or self.reserved)
+        return bool(self.unpublished or self.reserved)
 
 
 @dataclass(slots=True)
@@ -76,10 +92,18 @@ class ApartTurn(Turn):
     """A turn, with what the provider's thread reported."""
 
     reports: Reports = field(default_factory=Reports)
+    unbegun: list[Lease] = field(default_factory=list)
+    published: list[Delivery] = field(default_factory=list)
     has_sweep: bool = False
     started: attempts.Started = field(default_factory=attempts.Started)
     adopted: set[Any] = field(default_factory=set)
     taken: list[Delivery] = field(default_factory=list)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to be stored."""
+        given = self.appends or self.outcomes or self.unbegun or self.published
+        return bool(given or self.reports or self.has_sweep)
 
 
 class ApartPump(Pump):
@@ -87,10 +111,11 @@ class ApartPump(Pump):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._carrier = Carrier(self._settings, self._provider, self._mailbox.send, self._resolve)
+        self._carrier = Carrier(self._settings, self._provider, self._report, self._resolve)
         self._thread = Thread(self._carrier.run, "queue-carrier")
         self._log_keeps_leases = not self._provider.capabilities.leases_expire
         self._reports = Reports()
+        self._published: list[Delivery] = []
         self._is_up = False
         self._is_first = True
         self._is_declared = False
@@ -100,8 +125,15 @@ class ApartPump(Pump):
         self._is_sweeping = False
         # by number, when it was reserved; and what only the log keeps
         self._began: dict[int, float] = {}
+        # of these the log does not know that they began
+        self._unbegun: dict[int, Lease] = {}
         self._detached: set[int] = set()
         self._renew_at = 0.0
+        # outcomes that gather, of those unsaved; and until when
+        self._known = 0
+        self._store_at = 0.0
+        self._begin_at = 0.0
+        self._publish_at = 0.0
         self._sweep_at = 0.0
         self._alone_at = 0.0
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -146,17 +178,48 @@ class ApartPump(Pump):
 
     def _next_timer(self) -> float:
         timers = [self._sweep_at if self._may_sweep else monotonic() + SWEEP_SECONDS]
-        if not self._connected or self._unsaved or self._reports:
+        if not self._connected or self._reports or (self._unsaved and not self._known):
             timers.append(monotonic() + RECONNECT_SECONDS)
+        if self._known:
+            timers.append(self._store_at)
         if self._mine:
             timers.append(self._sign_at)
         if self._log_keeps_leases and self._active:
             timers.append(self._renew_at)
+        if self._unbegun:
+            timers.append(self._begin_at)
+        if self._published:
+            timers.append(self._publish_at)
         if self._die_at is not None:
             timers.append(self._die_at)
         return min(timers)
 
     # --- one turn
+
+    def _take(self) -> tuple[Turn, list[Call]]:
+        turn, calls = super()._take()
+        new = turn.outcomes[self._known :]
+        if new:
+            self._free(new)
+            if not self._known:
+                self._store_at = monotonic() + OUTCOME_SECONDS
+        for outcome in new:
+            self._unbegun.pop(outcome.lease.delivery.seq, None)
+        self._known = 0
+        return turn, calls
+
+    def _free(self, ended: list[Outcome]) -> None:
+        """Have more reserved while outcomes are stored."""
+        inbox, now = self._carrier.inbox, monotonic()
+        began = [self._began.get(outcome.lease.delivery.seq, now) for outcome in ended]
+        inbox.send_quietly(Free([outcome.lease.key for outcome in ended], now - min(began)))
+        if self._carrier.is_full:
+            inbox.ring()
+
+    def _may_wait(self, turn: Turn) -> bool:
+        """Whether outcomes may still gather: nobody waits for them."""
+        is_few = len(turn.outcomes) < MOST_OUTCOMES and not turn.appends
+        return is_few and monotonic() < self._store_at and not self._finishing
 
     def _obey(self, command: Any) -> None:
         self._handlers[type(command)](command)
@@ -164,10 +227,12 @@ class ApartPump(Pump):
     def _take_published(self, report: Published) -> None:
         self._is_sweeping &= not report.is_backlog
         homeless = {id(each) for each in report.homeless}
+        if not self._published:
+            self._publish_at = monotonic() + PUBLISHED_SECONDS
         for each in report.deliveries:
             # what no subscription wants is done with; what has one is tried again later
             if id(each) not in homeless or not each.seq:
-                self._reports.published.append(each)
+                self._published.append(each)
 
     def _take_unpublished(self, report: Unpublished) -> None:
         self._is_sweeping &= not report.is_backlog
@@ -227,10 +292,11 @@ class ApartPump(Pump):
 
     def _do(self, turn: Turn) -> None:
         reports, self._reports = self._reports, Reports()
-        has_sweep = self._may_sweep and monotonic() >= self._sweep_at
-        if not (turn.appends or turn.outcomes or reports or has_sweep):
+        if reports.reserved:
+            reports.reserved = self._run_what_is_fit(reports)
+        full = self._filled(turn, reports)
+        if not full.has_work:
             return
-        full = ApartTurn(turn.appends, turn.outcomes, reports=reports, has_sweep=has_sweep)
         try:
             self._database.run(partial(self._all_steps, full), durable=bool(turn.appends))
         except CommitUncertainError as exc:
@@ -243,13 +309,63 @@ class ApartPump(Pump):
             self._answer(full)
         turn.appends, turn.outcomes = full.appends, full.outcomes
 
+    def _filled(self, turn: Turn, reports: Reports) -> ApartTurn:
+        """Return the turn with all that it is time for."""
+        now = monotonic()
+        if turn.outcomes and self._may_wait(turn):
+            self._unsaved, self._known = turn.outcomes, len(turn.outcomes)
+            turn.outcomes = []
+        full = ApartTurn(turn.appends, turn.outcomes, reports=reports)
+        full.has_sweep = self._may_sweep and now >= self._sweep_at
+        if self._unbegun and now >= self._begin_at:
+            full.unbegun = list(self._unbegun.values())
+        if len(self._published) >= MOST_PUBLISHED or (self._published and now >= self._publish_at):
+            full.published = self._published
+        return full
+
+    def _run_what_is_fit(self, reports: Reports) -> list[Lease]:
+        """Hand out what may run at once; return what has to be started in the log before."""
+        try:
+            fit, others = self._database.read(partial(attempts.fit, leases=reports.reserved))
+        except StoreUnavailableError:
+            self._reports = reports
+            raise
+        # a lost one that came back is sorted out by the log, too
+        others += [lease for lease in fit if lease.delivery.seq in self._active]
+        fit = [lease for lease in fit if lease.delivery.seq not in self._active]
+        if fit and not self._unbegun:
+            self._begin_at = monotonic() + UNBEGUN_SECONDS
+        self._unbegun |= {lease.delivery.seq: lease for lease in fit}
+        self._hand_out(fit)
+        return others
+
+    def _hand_out(self, leases: list[Lease]) -> None:
+        if not leases:
+            return
+        now = monotonic()
+        if not self._active:
+            self._renew_at = now + self._settings.lease / 3
+        self._began |= {lease.delivery.seq: now for lease in leases}
+        self._active |= {lease.delivery.seq: lease for lease in leases}
+        self._mailbox.answer(self._on_leases, leases)
+
+    def _record(self, tx: Transaction, turn: Turn) -> None:
+        turn.stored, turn.refused = attempts.finish(tx, turn.outcomes, self._worker, self._held_for)
+
+    @property
+    def _held_for(self) -> float:
+        """Seconds for which the log keeps a lease; 0 where the provider does."""
+        return self._settings.lease if self._log_keeps_leases else 0.0
+
     def _all_steps(self, turn: ApartTurn, tx: Transaction) -> None:
         self._store(tx, turn)
-        if turn.stored and self._log_keeps_leases:
-            attempts.let_go(tx, turn.stored)
-            backlog.give_back(tx, [x.lease.delivery for x in turn.stored if self._is_again(x)])
-        if turn.reports.published:
-            backlog.published(tx, turn.reports.published)
+        again = [x.lease.delivery for x in turn.stored if self._is_again(x)]
+        if again:
+            backlog.give_back(tx, again)
+        if turn.unbegun:
+            attempts.begin(tx, turn.unbegun, self._worker, self._held_for)
+        if turn.published:
+            backlog.published(tx, turn.published)
         if turn.reports.unpublished:
             backlog.give_back(tx, turn.reports.unpublished)
         self._begin(tx, turn)
@@ -270,9 +386,8 @@ class ApartPump(Pump):
         leases = adoption.adopt(tx, reserved, self._settings.retries.limit)
         turn.adopted = {x.key for x in reserved if not x.delivery.seq}
         turn.touched |= {lease.delivery.message.id for lease in leases}
-        held_for = self._settings.lease if self._log_keeps_leases else 0.0
         turn.started = attempts.start(
-            tx, leases, self._worker, running=self._active.keys(), held_for=held_for
+            tx, leases, self._worker, running=self._active.keys(), held_for=self._held_for
         )
 
     def _sweep(self, tx: Transaction, turn: ApartTurn) -> None:
@@ -290,17 +405,15 @@ class ApartPump(Pump):
         self._settle(turn)
         self._resume(turn.started.resumed)
         self._detach([x for x in turn.started.run if x.key in turn.adopted])
-        if turn.started.run:
-            if not self._active:
-                self._renew_at = monotonic() + self._settings.lease / 3
-            now = monotonic()
-            self._began |= {lease.delivery.seq: now for lease in turn.started.run}
-            self._active |= {lease.delivery.seq: lease for lease in turn.started.run}
-            self._mailbox.answer(self._on_leases, turn.started.run)
+        self._hand_out(turn.started.run)
+        for lease in turn.unbegun:
+            self._unbegun.pop(lease.delivery.seq, None)
+        del self._published[: len(turn.published)]
 
     def _publish(self, turn: ApartTurn) -> None:
         if turn.new and self._is_direct:
-            self._tell(Publish(turn.new))
+            inbox = self._carrier.inbox
+            (inbox.send_quietly if self._carrier.is_gathering else inbox.send)(Publish(turn.new))
         if turn.has_sweep:
             self._sweep_at = monotonic() + SWEEP_SECONDS
             self._has_backlog = self._is_sweeping = bool(turn.taken)
@@ -330,6 +443,7 @@ class ApartPump(Pump):
         """Go on with what was lost and came back to where it runs."""
         for lease in resumed:
             before = self._active[lease.delivery.seq]
+            self._unbegun.pop(lease.delivery.seq, None)
             if before.key != lease.key:
                 self._tell(Free([before.key]))
             self._active[lease.delivery.seq] = lease
@@ -341,6 +455,12 @@ class ApartPump(Pump):
 
     def _tell(self, command: Any) -> None:
         self._carrier.inbox.send(command)
+
+    def _report(self, report: Any) -> None:
+        """Carrier: tell the pump; what is published may be noted some time later."""
+        is_usual = isinstance(report, Published) and not report.is_backlog
+        inbox = self._mailbox.inbox
+        (inbox.send_quietly if is_usual else inbox.send)(report)
 
     def _resolve(self, promise: Promise, value: bool) -> None:
         self._mailbox.answer(promise.resolve, value)

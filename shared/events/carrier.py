@@ -41,6 +41,19 @@ from shared.types import Delivery, Lease, SettleAction, Settlement, Subscription
 RECONNECT_SECONDS = 0.5
 """How long to wait before a broker that went away is tried again."""
 
+GATHER_SECONDS = 0.003
+"""How far apart publications are at least: what comes sooner after one gathers for the next, so
+that many small ones cost no more than few large ones. One alone goes out at once."""
+
+MOST_GATHERED = 100
+"""Deliveries that are published sooner than that."""
+
+AHEAD = 4
+"""How many times as many as there are workers may be reserved ahead, where handlers are short."""
+
+SHORT_SECONDS = 0.05
+"""How long those may take that were reserved ahead, until all of them are handled."""
+
 IDLE_SECONDS = 60.0
 """How long it waits at most without anything to do."""
 
@@ -67,6 +80,8 @@ class Carrier:
         self._mine: list[Subscription] = []
         self._batches: dict[int, int] = {}
         self._workers = 0
+        self._ahead = 0
+        self._publish_at = 0.0
         self._is_declared = True
         # by their keys: what it renews, and what occupies workers
         self._held: dict[Any, Lease] = {}
@@ -80,6 +95,10 @@ class Carrier:
         self._renew_at = 0.0
         self._may_have_more = False
         self._finishing = False
+        self.is_gathering = False
+        """Whether it waits for more to publish, and not for long: nobody need wake it."""
+        self.is_full = True
+        """Whether it waits without room: who frees a worker wakes it."""
         self._obey: dict[type, Callable[[Any], None]] = {
             Publish: self._take_publish,
             Declare: self._take_declare,
@@ -110,18 +129,35 @@ class Carrier:
         interrupt = self.inbox.fileno()
         if not self._connected:
             self.inbox.wait(max(0.0, self._connect_at - monotonic()))
+        elif self._may_gather():
+            self.is_gathering = True
+            self.inbox.wait(self._publish_at - monotonic())
+            self.is_gathering = False
         elif not self._may_have_more:
+            # from now on whoever frees a worker has to wake this thread
+            self.is_full = self._room() <= 0
+            if self.inbox.has_quiet():
+                return
             until = self._renew_at if self._held else monotonic() + IDLE_SECONDS
             with self._losing():
                 timeout = max(0.0, until - monotonic())
-                self._provider.wait(timeout, interrupt, hungry=self._room() > 0)
+                self._provider.wait(timeout, interrupt, hungry=not self.is_full)
 
     def _room(self) -> int:
         """Return how many workers are free."""
         if not self._mine:
             return 0
         busy: Counter[int] = Counter(x.delivery.subscription_id for x in self._busy.values())
-        return self._workers - sum(-(-n // self._batches.get(x, 1)) for x, n in busy.items())
+        return (
+            self._workers
+            + self._ahead
+            - sum(-(-n // self._batches.get(x, 1)) for x, n in busy.items())
+        )
+
+    def _may_gather(self) -> bool:
+        """Whether what is to be published may wait for more."""
+        count = sum(len(each.deliveries) for each in self._unpublished)
+        return 0 < count < MOST_GATHERED and monotonic() < self._publish_at and not self._finishing
 
     # --- one turn
 
@@ -138,7 +174,7 @@ class Carrier:
                 self._reserve()
                 self._forget()
         self._tell_notices()
-        if self._unpublished:
+        if self._unpublished and not self._connected:
             new, self._unpublished = self._unpublished, []
             self._report(Unpublished(_all(new), _has_backlog(new)))
 
@@ -154,6 +190,8 @@ class Carrier:
     def _take_free(self, command: Free) -> None:
         for key in command.keys:
             self._busy.pop(key, None)
+        is_short = command.seconds <= SHORT_SECONDS
+        self._ahead = min(self._ahead + 1, AHEAD * self._workers) if is_short else 0
 
     def _take_detach(self, command: Detach) -> None:
         for lease in command.leases:
@@ -164,10 +202,11 @@ class Carrier:
         self._forgotten += command.subscriptions
 
     def _stop_consuming(self, _command: StopConsuming) -> None:
-        self._workers = 0
+        self._workers = self._ahead = 0
 
     def _finish(self, _command: Finish) -> None:
-        self._workers, self._finishing = 0, True
+        self._workers = self._ahead = 0
+        self._finishing = True
 
     def _take_settle(self, command: Settle) -> None:
         for settlement in command.settlements:
@@ -191,8 +230,9 @@ class Carrier:
             self._report(Declared())
 
     def _publish(self) -> None:
-        if not self._unpublished:
+        if not self._unpublished or self._may_gather():
             return
+        self._publish_at = monotonic() + GATHER_SECONDS
         new = _all(self._unpublished)
         homeless = self._provider.publish(new)
         self._report(Published(new, homeless, _has_backlog(self._unpublished)))

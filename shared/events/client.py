@@ -40,6 +40,10 @@ FINISH_SECONDS = 10.0
 """How long a stop waits for the last outcomes to be stored."""
 
 
+HELD_SECONDS = 0.5
+"""How long a delivery may wait in a process for a free worker: it was reserved ahead, and what
+came before it takes longer than was to be expected."""
+
 WITHOUT_LOG = "QUEUE_LOG=off: events are not stored, not relayed after an outage, not counted"
 
 
@@ -189,9 +193,24 @@ class QueueClient(SharedExtension):
     def _take(self, leases: list[Lease]) -> None:
         for lease in leases:
             self._inbox.put(lease)
+        eventlet.spawn_after(HELD_SECONDS, self._give_back_held, leases)
+
+    def _give_back_held(self, leases: list[Lease]) -> None:
+        """Give back what no worker was free for: others may be."""
+        failure = Failure("Released", "no worker was free")
+        for lease in leases:
+            if lease in self._inbox.queue:
+                self._inbox.queue.remove(lease)
+                self.end(Outcome(lease, DeliveryStatus.PENDING, failure))
+
+    def _wait_for_worker(self) -> None:
+        slots = self.container._worker_pool.sem
+        slots.acquire()
+        slots.release()
 
     def _hand_out(self) -> None:
         while True:
+            self._wait_for_worker()
             lease = self._inbox.get()
             if self.is_stopping:
                 self._release(lease)

@@ -89,9 +89,13 @@ class Settle:
 
 @dataclass(slots=True)
 class Free:
-    """The workers that had these leases are free; they are settled next."""
+    """The workers that had these leases are free; they are settled next.
+
+    ``seconds`` is the longest time from being handed out to being handled.
+    """
 
     keys: list[Any]
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)

@@ -259,8 +259,11 @@ class Pump(ABC):
             if envelopes:
                 turn.new += log.append(tx, envelopes, limit, again=again, handover=self._handover)
         if turn.outcomes:
-            turn.stored, turn.refused = attempts.record(tx, turn.outcomes)
-            turn.touched |= {outcome.lease.delivery.message.id for outcome in turn.stored}
+            self._record(tx, turn)
+
+    def _record(self, tx: Transaction, turn: Turn) -> None:
+        turn.stored, turn.refused = attempts.record(tx, turn.outcomes)
+        turn.touched |= {outcome.lease.delivery.message.id for outcome in turn.stored}
 
     def _confirm(self, turn: Turn) -> None:
         """Tell what is stored: it stays so, whatever becomes of the rest of the turn."""

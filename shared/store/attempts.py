@@ -18,6 +18,7 @@ from sqlalchemy import (
     ColumnElement,
     bindparam,
     case,
+    func,
     insert,
     literal,
     or_,
@@ -26,13 +27,16 @@ from sqlalchemy import (
 )
 
 from shared.database import Transaction
-from shared.lifecycle import FINAL, MAX_TAKEOVERS, DeliveryStatus, sources_of
+from shared.lifecycle import FINAL, MAX_TAKEOVERS, WAITING, DeliveryStatus, sources_of
 from shared.statements import Prepared
-from shared.store.summary import lock, refresh
+from shared.store.summary import lock, refresh, summarise
 from shared.tables import attempts, deliveries
 from shared.types import Failure, Lease, Outcome, SettleAction, Settlement
 
 c = deliveries.c
+
+FIRST = 2
+"""Tokens below it are of deliveries that were never handed out before."""
 
 EARLY_SECONDS = 0.05
 """By how much a provider's clock may be ahead of the log's before it is told to wait."""
@@ -56,19 +60,23 @@ def _may_become(status: DeliveryStatus) -> ColumnElement[bool]:
 
 _SEQS: BindParameter[Any] = bindparam("seqs", expanding=True)
 
-_STATES = Prepared(
-    select(
-        c.seq,
-        c.message_id,
-        c.status,
-        c.lease_token,
-        c.attempts,
-        c.takeovers,
-        c.started_at,
-        c.worker,
-        c.available_at,
-        c.lease_expires_at,
-    ).where(c.seq.in_(_SEQS))
+_STATE_COLUMNS = (
+    c.seq,
+    c.message_id,
+    c.status,
+    c.lease_token,
+    c.attempts,
+    c.takeovers,
+    c.started_at,
+    c.worker,
+    c.available_at,
+    c.lease_expires_at,
+)
+_STATES = Prepared(select(*_STATE_COLUMNS).where(c.seq.in_(_SEQS)))
+_ALL_STATES = Prepared(
+    select(*_STATE_COLUMNS, c.processed_at, c.error_message).where(
+        c.message_id.in_(bindparam("ids", expanding=True))
+    )
 )
 
 
@@ -116,6 +124,27 @@ _COMPLETE = Prepared(
         status=DeliveryStatus.COMPLETED,
         attempts=c.attempts + 1,
         processed_at=bindparam("now"),
+        error_type=None,
+        error_message=None,
+    )
+)
+_COMPLETE_APART = Prepared(
+    update(deliveries)
+    .where(
+        c.seq.in_(_SEQS),
+        # one that was short has begun without a word: both moves are made at once
+        or_(_may_become(DeliveryStatus.PROCESSING), _may_become(DeliveryStatus.COMPLETED)),
+    )
+    .values(
+        status=DeliveryStatus.COMPLETED,
+        attempts=c.attempts + 1,
+        started_at=func.coalesce(c.started_at, bindparam("now")),
+        processed_at=bindparam("now"),
+        worker=bindparam("by"),
+        lease_token=bindparam("token"),
+        ready=False,
+        lease_expires_at=None,
+        available_at=None,
         error_type=None,
         error_message=None,
     )
@@ -210,7 +239,8 @@ def _sort_out(
 
 def _as_stored(lease: Lease, state: Any) -> Lease:
     """Return the lease with what the log knows better than the provider."""
-    token = lease.token or state.lease_token + 1
+    # by two: who had it before may have begun without the log's knowing, by the next one
+    token = lease.token or state.lease_token + 2
     return replace(lease, token=token, delivery=replace(lease.delivery, attempts=state.attempts))
 
 
@@ -231,6 +261,97 @@ def _postponed(lease: Lease, seconds: float) -> Settlement:
         SettleAction.RETRY,
         seconds,
     )
+
+
+def fit(tx: Transaction, leases: Sequence[Lease]) -> tuple[list[Lease], list[Lease]]:
+    """Part leases into those that may run at once, and those to be started in the log first.
+
+    The first time that a delivery is handed out the log need not know before it has
+    taken a while; it has to be asked, since meanwhile it may have been discarded, or
+    handled by copy.
+    """
+    first = [lease for lease in leases if lease.token < FIRST and not lease.redelivered]
+    first = [lease for lease in first if lease.delivery.seq and not lease.delivery.attempts]
+    states = _states(tx, first) if first else {}
+    good: dict[int, Lease] = {}
+    for lease in first:
+        state = states.get(lease.delivery.seq)
+        if state is not None and _is_fresh(state) and state.seq not in good:
+            good[state.seq] = replace(lease, token=lease.token or state.lease_token + 1)
+    keys = {lease.key for lease in good.values()}
+    return list(good.values()), [lease for lease in leases if lease.key not in keys]
+
+
+def _is_fresh(state: Any) -> bool:
+    """Whether nobody had it, and it is due."""
+    is_waiting: bool = state.status == DeliveryStatus.PENDING
+    return is_waiting and not state.lease_token and state.available_at is None
+
+
+def begin(tx: Transaction, leases: Sequence[Lease], worker: str, held_for: float) -> None:
+    """Note that attempts go on that began without a word."""
+    lock(tx, {lease.delivery.message.id for lease in leases})
+    _begin(tx, leases, worker, held_for)
+    refresh(tx, {lease.delivery.message.id for lease in leases})
+
+
+def finish(
+    tx: Transaction, outcomes: Sequence[Outcome], worker: str, held_for: float
+) -> tuple[list[Outcome], list[Outcome]]:
+    """Store how attempts ended, begun in the log or not; return those stored, and those refused.
+
+    As :func:`record` does, and what the messages say of it, too.
+    """
+    ids = {outcome.lease.delivery.message.id for outcome in outcomes}
+    lock(tx, ids)
+    rows = {row.seq: row for row in _ALL_STATES.fetch(tx, {"ids": list(ids)})}
+    stored: list[Outcome] = []
+    refused: list[Outcome] = []
+    for outcome in outcomes:
+        state = rows.get(outcome.lease.delivery.seq)
+        is_ours = state is not None and (
+            _is_held(state, outcome.lease) or _is_unbegun(state, outcome.lease)
+        )
+        (stored if is_ours else refused).append(outcome)
+    done = [x for x in stored if x.status == DeliveryStatus.COMPLETED]
+    others = [x for x in stored if x.status != DeliveryStatus.COMPLETED]
+    _complete_apart(tx, done, rows, worker)
+    if others:
+        unbegun = [x.lease for x in others if _is_unbegun(rows[x.lease.delivery.seq], x.lease)]
+        _begin(tx, unbegun, worker, held_for)
+        record(tx, others)
+        let_go(tx, others)
+        refresh(tx, ids)
+    else:
+        by_message = defaultdict(list)
+        for row in rows.values():
+            by_message[row.message_id].append(row)
+        summarise(tx, by_message)
+    return stored, refused
+
+
+def _is_unbegun(state: Any, lease: Lease) -> bool:
+    """Whether nobody had it since, nor has the log heard of its beginning."""
+    return state.status in WAITING and state.lease_token < lease.token
+
+
+def _complete_apart(
+    tx: Transaction, done: Sequence[Outcome], rows: dict[int, Any], worker: str
+) -> None:
+    by_token = defaultdict(list)
+    for outcome in done:
+        by_token[outcome.lease.token].append(outcome.lease.delivery.seq)
+    for token, seqs in by_token.items():
+        values = {"seqs": seqs, "now": tx.now, "by": worker, "token": token}
+        _COMPLETE_APART.change(tx, values)
+        for seq in seqs:
+            rows[seq] = rows[seq]._replace(
+                status=DeliveryStatus.COMPLETED,
+                attempts=rows[seq].attempts + 1,
+                started_at=rows[seq].started_at or tx.now,
+                processed_at=tx.now,
+                error_message=None,
+            )
 
 
 def hold(tx: Transaction, seqs: Sequence[int], worker: str, seconds: float) -> None:

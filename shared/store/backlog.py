@@ -17,8 +17,7 @@ from sqlalchemy import Integer, bindparam, exists, or_, select, true, update
 from shared.database import Transaction
 from shared.lifecycle import WAITING, DeliveryStatus, MessageStatus
 from shared.statements import Prepared
-from shared.store import attempts
-from shared.store.log import seconds_until
+from shared.store import attempts, log
 from shared.tables import (
     MESSAGE_COLUMNS,
     SUBSCRIPTION_COLUMNS,
@@ -50,13 +49,6 @@ _GIVE_BACK = Prepared(
     update(deliveries)
     .where(c.seq.in_(_SEQS), _IS_WAITING)
     .values(lease_expires_at=None, ready=True)
-)
-_FINISH = Prepared(
-    update(messages)
-    .where(messages.c.id.in_(_IDS), messages.c.status == MessageStatus.PENDING)
-    .values(
-        status=MessageStatus.COMPLETED, processed_at=bindparam("at"), updated_at=bindparam("at")
-    )
 )
 _SUBSCRIPTIONS = Prepared(select(subscriptions.c.id))
 _EXPIRED = Prepared(
@@ -114,7 +106,7 @@ def published(tx: Transaction, deliveries: Sequence[Delivery]) -> None:
     if seqs:
         _PUBLISHED.change(tx, {"seqs": seqs})
     if alone:
-        _FINISH.change(tx, {"ids": alone, "at": tx.now})
+        log.finish(tx, alone)
 
 
 def give_back(tx: Transaction, deliveries: Sequence[Delivery]) -> None:
@@ -161,7 +153,7 @@ def take(tx: Transaction) -> list[Delivery]:
             row.subscription_id,
             envelopes[row.message_id],
             attempts=row.attempts,
-            delay=seconds_until(tx, row.available_at),
+            delay=log.seconds_until(tx, row.available_at),
             token=row.lease_token,
             to=subscribed[row.subscription_id] if row.message_id in touched else None,
         )
@@ -174,7 +166,8 @@ def alone(tx: Transaction) -> list[Delivery]:
     values = {"before": tx.later(-PUBLISH_SECONDS)}
     rows = tx.connection.execute(_ALONE, values).all()
     return [
-        Delivery(0, 0, envelope_of(row), delay=seconds_until(tx, row.scheduled_at)) for row in rows
+        Delivery(0, 0, envelope_of(row), delay=log.seconds_until(tx, row.scheduled_at))
+        for row in rows
     ]
 
 

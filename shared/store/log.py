@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import and_, bindparam, case, insert, select, update
 
 from shared.database import Transaction
 from shared.errors import MessageNotFoundError, NothingToRetryError
@@ -22,7 +22,7 @@ from shared.lifecycle import (
     MessageStatus,
 )
 from shared.statements import Prepared
-from shared.store.subscriptions import subscribers_of
+from shared.store.subscriptions import FORGOTTEN_AFTER_SECONDS, gets_events, subscribers_of
 from shared.store.summary import refresh
 from shared.tables import (
     MESSAGE_COLUMNS,
@@ -32,7 +32,7 @@ from shared.tables import (
     messages,
     subscriptions,
 )
-from shared.types import Delivery, Envelope
+from shared.types import Delivery, Envelope, Priority
 
 _STORED = Prepared(select(messages.c.id).where(messages.c.id.in_(bindparam("ids", expanding=True))))
 _ADD_MESSAGES = Prepared(
@@ -60,6 +60,49 @@ _DELIVERIES_OF = Prepared(
     .order_by(deliveries.c.seq)
 )
 
+_RANK = case(
+    *[(messages.c.priority == priority.value, priority.rank) for priority in Priority],
+)
+_ADD_FOR_ALL = Prepared(
+    insert(deliveries)
+    .from_select(
+        [
+            "message_id",
+            "subscription_id",
+            "priority_rank",
+            "ready",
+            "lease_expires_at",
+        ],
+        select(
+            messages.c.id,
+            subscriptions.c.id,
+            _RANK,
+            bindparam("is_open", type_=deliveries.c.ready.type),
+            bindparam("until", type_=deliveries.c.lease_expires_at.type),
+        )
+        .join(
+            subscriptions,
+            and_(
+                subscriptions.c.queue_name == messages.c.queue_name,
+                subscriptions.c.message_type == messages.c.message_type,
+            ),
+        )
+        .where(messages.c.id.in_(bindparam("ids", expanding=True)), gets_events(bindparam("alive")))
+        .order_by(messages.c.id, subscriptions.c.id),
+    )
+    .returning(deliveries.c.seq, deliveries.c.message_id, deliveries.c.subscription_id)
+)
+_FINISH = Prepared(
+    update(messages)
+    .where(
+        messages.c.id.in_(bindparam("ids", expanding=True)),
+        messages.c.status == MessageStatus.PENDING,
+    )
+    .values(
+        status=MessageStatus.COMPLETED, processed_at=bindparam("at"), updated_at=bindparam("at")
+    )
+)
+
 # --- dispatch
 
 
@@ -75,6 +118,10 @@ class Handover(NamedTuple):
     seconds: float | None = None
     is_open: bool = False
     fans_out: bool = False
+
+    def until(self, tx: Transaction) -> datetime | None:
+        """Return how long they are in the hands of who dispatches."""
+        return tx.later(self.seconds) if self.seconds and not self.is_open else None
 
 
 IN_LOG = Handover()
@@ -99,21 +146,55 @@ def append(
         envelopes = [envelope for envelope in envelopes if envelope.id not in stored]
     if not envelopes:
         return []
-    subscribers = subscribers_of(tx, envelopes)
     timed = [_with_times(tx, envelope) for envelope in envelopes]
-    alone = [e for e in timed if (e.queue, e.type) not in subscribers]
-    done = set() if handover.fans_out else {e.id for e in alone}
-    _ADD_MESSAGES.change_many(
-        tx, [_message_row(tx, e, max_retries, is_done=e.id in done) for e in timed]
-    )
-    wanted = [(e, id_) for e in timed for id_ in subscribers.get((e.queue, e.type), ())]
-    new = []
-    if wanted:
-        add_deliveries(tx, wanted, handover)
-        new = _new_deliveries(tx, timed)
+    _ADD_MESSAGES.change_many(tx, [_message_row(tx, e, max_retries) for e in timed])
+    add = _add_at_once if _can_add_at_once(tx, timed) else _add_singly
+    new = add(tx, timed, handover)
+    routed = {delivery.message.id for delivery in new}
+    alone = [envelope for envelope in timed if envelope.id not in routed]
     if handover.fans_out:
-        new += [Delivery(0, 0, e, delay=seconds_until(tx, e.scheduled_at)) for e in alone]
+        return new + [Delivery(0, 0, e, delay=seconds_until(tx, e.scheduled_at)) for e in alone]
+    if alone:
+        finish(tx, [envelope.id for envelope in alone])
     return new
+
+
+def finish(tx: Transaction, message_ids: Sequence[str]) -> None:
+    """Complete messages that no subscription wants."""
+    _FINISH.change(tx, {"ids": message_ids, "at": tx.now})
+
+
+def _can_add_at_once(tx: Transaction, envelopes: Sequence[Envelope]) -> bool:
+    """Whether one statement may find the subscriptions and add the deliveries in their order."""
+    ids = [envelope.id for envelope in envelopes]
+    is_plain = all(envelope.scheduled_at is None for envelope in envelopes)
+    return tx.connection.dialect.insert_returning and is_plain and ids == sorted(ids)
+
+
+def _add_at_once(
+    tx: Transaction, envelopes: Sequence[Envelope], handover: Handover
+) -> list[Delivery]:
+    by_id = {envelope.id: envelope for envelope in envelopes}
+    values = {
+        "ids": list(by_id),
+        "alive": tx.later(-FORGOTTEN_AFTER_SECONDS),
+        "is_open": handover.is_open,
+        "until": handover.until(tx),
+    }
+    rows = _ADD_FOR_ALL.fetch(tx, values)
+    rows.sort(key=lambda row: row.seq)
+    return [Delivery(row.seq, row.subscription_id, by_id[row.message_id]) for row in rows]
+
+
+def _add_singly(
+    tx: Transaction, envelopes: Sequence[Envelope], handover: Handover
+) -> list[Delivery]:
+    subscribers = subscribers_of(tx, envelopes)
+    wanted = [(e, id_) for e in envelopes for id_ in subscribers.get((e.queue, e.type), ())]
+    if not wanted:
+        return []
+    add_deliveries(tx, wanted, handover)
+    return _new_deliveries(tx, envelopes)
 
 
 def store(tx: Transaction, envelopes: Sequence[Envelope], max_retries: int) -> None:
@@ -121,7 +202,7 @@ def store(tx: Transaction, envelopes: Sequence[Envelope], max_retries: int) -> N
     stored = stored_ids(tx, [envelope.id for envelope in envelopes])
     new = [_with_times(tx, envelope) for envelope in envelopes if envelope.id not in stored]
     if new:
-        rows = [_message_row(tx, envelope, max_retries, is_done=False) for envelope in new]
+        rows = [_message_row(tx, envelope, max_retries) for envelope in new]
         _ADD_MESSAGES.change_many(tx, rows)
 
 
@@ -129,7 +210,7 @@ def add_deliveries(
     tx: Transaction, wanted: Sequence[tuple[Envelope, int]], handover: Handover = IN_LOG
 ) -> None:
     """Store a delivery for each pair of a stored message and the id of a subscription."""
-    until = tx.later(handover.seconds) if handover.seconds and not handover.is_open else None
+    until = handover.until(tx)
     _ADD_DELIVERIES.change_many(
         tx,
         [
@@ -160,18 +241,16 @@ def _with_times(tx: Transaction, envelope: Envelope) -> Envelope:
     return replace(envelope, scheduled_at=scheduled_at, delay=None, created_at=tx.now)
 
 
-def _message_row(
-    tx: Transaction, envelope: Envelope, max_retries: int, *, is_done: bool
-) -> dict[str, Any]:
+def _message_row(tx: Transaction, envelope: Envelope, max_retries: int) -> dict[str, Any]:
     return {
         "id": envelope.id,
         "queue_name": envelope.queue,
         "message_type": envelope.type,
         "payload": envelope.body,
-        "status": MessageStatus.COMPLETED if is_done else MessageStatus.PENDING,
+        "status": MessageStatus.PENDING,
         "priority": envelope.priority,
         "max_retries": max_retries if envelope.max_retries is None else envelope.max_retries,
-        "processed_at": tx.now if is_done else None,
+        "processed_at": None,
         "scheduled_at": envelope.scheduled_at,
         "metadata": json.dumps(_kept_metadata(envelope), ensure_ascii=False),
         "created_at": tx.now,

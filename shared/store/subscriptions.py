@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import and_, bindparam, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from shared.database import Transaction
@@ -132,12 +132,22 @@ def _discard_open(tx: Transaction, subscription_ids: Sequence[int]) -> set[str]:
     return touched
 
 
+def gets_events(alive: Any) -> ColumnElement[bool]:
+    """Return the SQL for whether a subscription gets what is dispatched now.
+
+    :param alive: the oldest sign of life of an instance that is taken to be there.
+    """
+    return and_(
+        subscriptions.c.retired_at.is_(None),
+        or_(subscriptions.c.reliable.is_(True), subscriptions.c.seen_at > alive),
+    )
+
+
 _SUBSCRIBERS = Prepared(
     select(subscriptions.c.id, subscriptions.c.queue_name, subscriptions.c.message_type).where(
         subscriptions.c.queue_name.in_(bindparam("queues", expanding=True)),
         subscriptions.c.message_type.in_(bindparam("types", expanding=True)),
-        subscriptions.c.retired_at.is_(None),
-        or_(subscriptions.c.reliable.is_(True), subscriptions.c.seen_at > bindparam("alive")),
+        gets_events(bindparam("alive")),
     )
 )
 

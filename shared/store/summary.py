@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -61,6 +61,11 @@ def refresh(tx: Transaction, message_ids: Iterable[str]) -> None:
     by_message: dict[str, list[Any]] = defaultdict(list)
     for row in _OF_MESSAGES.fetch(tx, {"ids": ids}):
         by_message[row.message_id].append(row)
+    summarise(tx, by_message)
+
+
+def summarise(tx: Transaction, by_message: Mapping[str, Sequence[Any]]) -> None:
+    """Draw the status, counts and times of messages from the rows of all their deliveries."""
     alike: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for message_id, its in by_message.items():
         alike[_summary(its)].append(message_id)

@@ -154,9 +154,8 @@ class TestHandover:
 class TestLeasesInTheLog:
     def test_begin_with_a_token_of_the_log(self, store: Log, delivery: Delivery) -> None:
         [lease] = start(store, copy(delivery)).run
-        assert lease.token == 1
         row = store.delivery(delivery.seq)
-        assert (row.status, row.lease_token) == ("processing", 1)
+        assert (row.status, row.lease_token) == ("processing", lease.token)
         assert row.lease_expires_at is not None
         outcome = Outcome(lease, COMPLETED)
         assert store.record(outcome) == ([outcome], [])
@@ -176,7 +175,7 @@ class TestLeasesInTheLog:
     def test_a_redelivered_one_is_taken_over(self, store: Log, delivery: Delivery) -> None:
         [lost] = start(store, copy(delivery)).run
         [held] = start(store, copy(delivery, redelivered=True), worker="host:2").run
-        assert held.token == lost.token + 1
+        assert held.token > lost.token
         assert store.delivery(delivery.seq).takeovers == 1
         stale = Outcome(lost, COMPLETED)
         assert store.record(stale) == ([], [stale])
