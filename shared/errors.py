@@ -14,6 +14,7 @@
     │   ├── UnsupportedByProviderError
     │   └── LeaseLostError         a lease was taken over
     ├── HandlerTimeoutError        a handler ran longer than it may
+    ├── RpcTimeoutError            a call got no reply in time
     ├── HandlerAbortedError        a handler ended by what is no ordinary exception
     ├── Reject                     a handler: never try this again
     └── Retry                      a handler: try this again, later
@@ -102,6 +103,13 @@ class LeaseLostError(ProviderError):
 
 class HandlerTimeoutError(QueueError):
     """Raised in a handler that ran longer than its ``timeout``."""
+
+
+class RpcTimeoutError(QueueError):
+    """Raised when a call got no reply within its timeout.
+
+    The method may have run, may still run, or may never have been reached.
+    """
 
 
 class HandlerAbortedError(QueueError):

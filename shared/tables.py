@@ -234,6 +234,29 @@ audit_log = Table(
 )
 """Who did what through queue_admin."""
 
+rpc_services = Table(
+    "queue_rpc_services",
+    metadata,
+    Column("queue", exact(255), primary_key=True),
+    Column("created_at", millis(), nullable=False),
+    **TEXT,
+)
+"""The request queues of the services that ever had methods to call."""
+
+rpc_messages = Table(
+    "queue_rpc_messages",
+    metadata,
+    Column("id", big_key(), primary_key=True, autoincrement=True),
+    Column("queue", exact(255), nullable=False),
+    Column("body", Text().with_variant(LONGTEXT(), "mysql", "mariadb"), nullable=False),
+    # Nobody waits for it any longer.
+    Column("expires_at", millis(), nullable=False),
+    Index("ix_queue_rpc_messages_queue", "queue", "id"),
+    Index("ix_queue_rpc_messages_expires", "expires_at"),
+    **TEXT,
+)
+"""Requests and replies that nobody took yet: no part of the log, and gone once they are taken."""
+
 
 OWN_METADATA = "nameko"
 """The key of ``queue_messages.metadata`` under which the suite keeps what it needs itself."""

@@ -1,4 +1,4 @@
-"""The service: three routes, each of which dispatches its event."""
+"""The service: three routes, each of which dispatches its event, and a method to call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import select, text, update
+from sqlalchemy import Select, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from werkzeug.wrappers import Request
@@ -20,6 +20,7 @@ from services.auth_events.passwords import Password, hash_password, is_outdated,
 from services.auth_events.schemas import LoginSchema, RegisterSchema
 from shared.database import utc_now
 from shared.events import Dispatch, EventDispatcher
+from shared.rpc import rpc
 from shared.store import DatabaseSession
 from shared.web import Problem, bearer_token, http
 
@@ -59,6 +60,15 @@ class AuthEventsService:
         """Revoke the session of the bearer token, and dispatch ``user.logged_out``."""
         close_session(self.db, self.dispatch, bearer_token(request))
         return 204, None
+
+    @rpc(sensitive_arguments="token")
+    def get_session(self, token: str) -> dict[str, Any] | None:
+        """Say who is logged in, to a service that was shown an access token.
+
+        :returns: ``session_id``, ``user_id``, ``email`` and ``expires_at``; ``None`` when
+            the token opens no session, or no longer.
+        """
+        return find_session(self.db, token)
 
     @http("GET", "/health")
     def health(self, _request: Request) -> Answer:
@@ -142,16 +152,35 @@ def close_session(db: Session, dispatch: Dispatch, token: str | None) -> None:
     if token is None:
         raise _no_session(None)
     now = _now(db)
-    is_open = (UserSession.revoked_at.is_(None), UserSession.expires_at > now)
-    of_token = select(UserSession).where(UserSession.token_hash == _hash_token(token), *is_open)
     # locked: of two logouts at once, the second finds it revoked
-    session = db.scalar(of_token.with_for_update())
+    session = db.scalar(_open_session(token, now).with_for_update())
     if session is None:
         raise _no_session(token)
     session.revoked_at = now
     user = db.get_one(User, session.user_id)
     dispatch("user.logged_out", _activity(user, session.id, now), session=db)
     db.commit()
+
+
+def find_session(db: Session, token: str) -> dict[str, Any] | None:
+    """Return the open session of an access token, with its user."""
+    session = db.scalar(_open_session(token, _now(db)))
+    if session is None:
+        return None
+    return {
+        "session_id": session.id,
+        "user_id": session.user_id,
+        "email": db.get_one(User, session.user_id).email,
+        "expires_at": _as_text(session.expires_at),
+    }
+
+
+def _open_session(token: str, now: datetime) -> Select[UserSession]:
+    return select(UserSession).where(
+        UserSession.token_hash == _hash_token(token),
+        UserSession.revoked_at.is_(None),
+        UserSession.expires_at > now,
+    )
 
 
 def _role(db: Session, company_name: str | None, company_domain: str | None, now: datetime) -> str:
@@ -189,8 +218,12 @@ def _activity(user: User, session_id: str, at: datetime) -> dict[str, Any]:
         "email": user.email,
         "session_id": session_id,
         # events arrive in any order; by this one, to the millisecond, they can be sorted
-        "occurred_at": at.replace(tzinfo=UTC).isoformat(timespec="milliseconds"),
+        "occurred_at": _as_text(at),
     }
+
+
+def _as_text(at: datetime) -> str:
+    return at.replace(tzinfo=UTC).isoformat(timespec="milliseconds")
 
 
 def _caller(request: Request) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The company service: three handlers, two methods, two routes."""
+"""The company service: three handlers, two methods to call, two routes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from services.company.schemas import (
 )
 from services.company.sessions import open_sessions
 from shared.events import MessageContext, event_handler
+from shared.rpc import rpc
 from shared.store import DatabaseSession
 from shared.web import Problem, http
 
@@ -47,6 +48,7 @@ class CompanyService:
         """Close a session."""
         record(self.db, read_logged_out(payload, self.message))
 
+    @rpc
     def get_user(self, user_id: str) -> dict[str, Any] | None:
         """Return a user as :func:`~services.company.schemas.user_as_json` shows it.
 
@@ -55,6 +57,7 @@ class CompanyService:
         users = self._show(select(User).where(User.user_id == user_id))
         return users[0] if users else None
 
+    @rpc(expected_exceptions=ValueError)
     def list_users(
         self, company_domain: str | None = None, limit: int = 100, after: str | None = None
     ) -> list[dict[str, Any]]:

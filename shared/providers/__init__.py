@@ -4,11 +4,14 @@ from importlib import import_module
 
 from shared.errors import SettingsError
 from shared.providers.base import Capabilities, QueueProvider, SubscriptionStats
+from shared.providers.rpc import RpcMessage, RpcTransport
 from shared.settings import Settings
 
 __all__ = [
     "Capabilities",
     "QueueProvider",
+    "RpcMessage",
+    "RpcTransport",
     "SubscriptionStats",
     "check_provider",
     "make_provider",

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shared.errors import UnsupportedByProviderError
+from shared.providers.rpc import RpcTransport
 from shared.settings import Settings
 from shared.types import Delivery, Lease, Settlement, Subscription
 
@@ -39,6 +41,8 @@ class Capabilities:
     """Leased and scheduled deliveries can be counted and purged, not waiting ones alone."""
     fans_out: bool = False
     """What is dispatched reaches who listens at the server, whether or not the log knows them."""
+    nameko_rpc: bool = False
+    """Its server is the one that nameko's own RPC is made for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,14 @@ class QueueProvider(ABC):
         self.settings = settings
         self.notices: list[str] = []
         """What operations should know. Who calls takes and logs them: it may, this may not."""
+
+    @classmethod
+    def rpc_transport(cls, settings: Settings) -> RpcTransport:
+        """Make what carries RPC beside the events; it connects in its ``initialize``.
+
+        :raises UnsupportedByProviderError: when this provider carries none.
+        """
+        raise UnsupportedByProviderError(f"QUEUE_PROVIDER: {settings.provider} carries no RPC")
 
     @abstractmethod
     def initialize(self) -> None:

@@ -13,10 +13,10 @@ import math
 import os
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     BindParameter,
@@ -24,9 +24,11 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    delete,
     exists,
     false,
     func,
+    insert,
     literal_column,
     or_,
     select,
@@ -41,15 +43,32 @@ from shared.lifecycle import WAITING, DeliveryStatus
 from shared.native import select as wait_readable
 from shared.native import sleep, socket
 from shared.providers.base import Capabilities, QueueProvider, SubscriptionStats
+from shared.providers.rpc import RpcMessage, RpcTransport, wake_id
 from shared.settings import Settings
 from shared.statements import Prepared
-from shared.tables import MESSAGE_COLUMNS, deliveries, envelope_of, messages, subscriptions
+from shared.tables import (
+    MESSAGE_COLUMNS,
+    deliveries,
+    envelope_of,
+    messages,
+    rpc_messages,
+    rpc_services,
+    subscriptions,
+)
 from shared.types import Delivery, Lease, SettleAction, Settlement, Subscription
 
 POLL_SECONDS = 0.1
 """How often work is looked for where nothing can wake this process: on other machines."""
 
 WAKE_FOLDER = "wake"
+
+RPC_WAKE_FOLDER = "wake-rpc"
+"""Apart from that of the events: a call then wakes nobody but who takes part in RPC."""
+
+PURGE_SECONDS = 10.0
+"""How often requests and replies that nobody waits for any more are deleted."""
+
+T = TypeVar("T")
 
 c = deliveries.c
 
@@ -67,6 +86,10 @@ class EmbeddedProvider(QueueProvider):
         # when, by this process's own clock, something becomes due of itself
         self._due = math.inf
         self._turns = 0
+
+    @classmethod
+    def rpc_transport(cls, settings: Settings) -> RpcTransport:
+        return EmbeddedRpc(settings)
 
     def initialize(self) -> None:
         self._bell.close()  # its folder may be another by now
@@ -199,13 +222,19 @@ class EmbeddedProvider(QueueProvider):
         if tx is not None:
             yield tx
             return
-        try:
-            with self._database.transaction() as own:
-                yield own
-        except StoreUnavailableError as exc:
-            raise ProviderUnavailableError(str(exc)) from exc
-        except SQLAlchemyError as exc:
-            raise ProviderError(str(getattr(exc, "orig", None) or exc)) from exc
+        with _translated(), self._database.transaction() as own:
+            yield own
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Turn the database's errors into a provider's."""
+    try:
+        yield
+    except StoreUnavailableError as exc:
+        raise ProviderUnavailableError(str(exc)) from exc
+    except SQLAlchemyError as exc:
+        raise ProviderError(str(getattr(exc, "orig", None) or exc)) from exc
 
 
 _SEQS: BindParameter[Any] = bindparam("seqs", expanding=True)
@@ -486,3 +515,108 @@ class Bell:
             return use(f"/proc/self/fd/{folder}/{name}")
         finally:
             os.close(folder)
+
+
+class EmbeddedRpc(RpcTransport):
+    """RPC by two small tables: a request or reply is a row until somebody takes it."""
+
+    in_log = True
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._database = Database(database_url(settings), sleep)
+        self._bell = Bell(settings.data_dir.absolute() / RPC_WAKE_FOLDER)
+        self._known: set[str] = set()
+        self._purge_at = 0.0
+
+    def initialize(self) -> None:
+        self._bell.close()
+        self._known = set()
+        self._run(lambda _: None)
+
+    def close(self) -> None:
+        self._bell.close()
+        self._database.close()
+
+    def declare(self, queue: str, *, lasting: bool) -> None:
+        if lasting:
+            self._run(lambda tx: _declare(tx, queue))
+        self._bell.listen()
+
+    def send(self, messages: Sequence[RpcMessage]) -> list[RpcMessage]:
+        refused = self._run(lambda tx: self._send(tx, messages))
+        self._bell.ring({wake_id(message.queue) for message in messages})
+        return refused
+
+    def take(self, limits: Mapping[str, int]) -> list[RpcMessage]:
+        if not limits:
+            return []
+        return self._run(lambda tx: self._take(tx, limits))
+
+    def wait(self, timeout: float, interrupt: int, queues: Iterable[str]) -> None:
+        mine = frozenset(map(wake_id, queues))
+        if mine and not self._database.is_sqlite:
+            timeout = min(timeout, POLL_SECONDS)
+        self._bell.wait(timeout, interrupt, mine)
+
+    def _send(self, tx: Transaction, sent: Sequence[RpcMessage]) -> list[RpcMessage]:
+        asked = {message.queue for message in sent if message.mandatory} - self._known
+        if asked:
+            self._known |= {row.queue for row in _KNOWN.fetch(tx, {"queues": sorted(asked)})}
+        refused = [x for x in sent if x.mandatory and x.queue not in self._known]
+        rows = [
+            {"queue": x.queue, "body": x.body, "expires_at": tx.later(x.ttl)}
+            for x in sent
+            if x not in refused
+        ]
+        if rows:
+            _SEND.change_many(tx, rows)
+        return refused
+
+    def _take(self, tx: Transaction, limits: Mapping[str, int]) -> list[RpcMessage]:
+        if monotonic() >= self._purge_at:
+            self._purge_at = monotonic() + PURGE_SECONDS
+            _EXPIRE.change(tx, {"now": tx.now})
+        rows = [
+            row
+            for queue, limit in limits.items()
+            for row in _FIRST.fetch(tx, {"queue": queue, "limit": limit, "now": tx.now})
+        ]
+        if rows:
+            _TAKE.change(tx, {"ids": [row.id for row in rows]})
+        return [
+            RpcMessage(row.queue, row.body, (row.expires_at - tx.now).total_seconds())
+            for row in rows
+        ]
+
+    def _run(self, step: Callable[[Transaction], T]) -> T:
+        # whoever waits for a reply does not survive a power failure either
+        with _translated():
+            return self._database.run(step, durable=False)
+
+
+m = rpc_messages.c
+
+_KNOWN = Prepared(
+    select(rpc_services.c.queue).where(
+        rpc_services.c.queue.in_(bindparam("queues", expanding=True))
+    )
+)
+_SEND = Prepared(insert(rpc_messages), ("queue", "body", "expires_at"))
+_FIRST = Prepared(
+    select(m.id, m.queue, m.body, m.expires_at)
+    .where(m.queue == bindparam("queue"), m.expires_at > bindparam("now", type_=m.expires_at.type))
+    .order_by(m.id)
+    .limit(bindparam("limit", type_=Integer))
+    .with_for_update(skip_locked=True)
+)
+_TAKE = Prepared(delete(rpc_messages).where(m.id.in_(_IDS)))
+_EXPIRE = Prepared(
+    delete(rpc_messages).where(m.expires_at <= bindparam("now", type_=m.expires_at.type))
+)
+
+
+def _declare(tx: Transaction, queue: str) -> None:
+    if not _KNOWN.fetch(tx, {"queues": [queue]}):
+        row = {"queue": queue, "created_at": tx.now}
+        tx.connection.execute(insert(rpc_services).values(**row))

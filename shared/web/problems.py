@@ -19,6 +19,7 @@ from shared.errors import (
     NothingToRetryError,
     PayloadError,
     ProviderUnavailableError,
+    RpcTimeoutError,
     StoreUnavailableError,
 )
 from shared.web.responses import json_response
@@ -102,6 +103,7 @@ _UNAVAILABLE = (
     DispatchError,
     StoreUnavailableError,
     ProviderUnavailableError,
+    RpcTimeoutError,
     OperationalError,
     InterfaceError,
     PoolTimeoutError,

@@ -52,6 +52,9 @@ COUNTS = {"pending", "processing", "completed", "failed", "retry", "total", "wai
           "dead", "avgProcessingSeconds"}  # fmt: skip
 """Numbers in answers that hang on what the reader did before."""
 
+CALLABLE = {"services.auth_events", "services.company"}
+"""The services of the project that have methods to call."""
+
 ELSEWHERE = ("make ", ".venv/bin/python -m ")
 """Commands that other tests run."""
 
@@ -135,9 +138,17 @@ class Reader:
         process = Running(command, self.folder / f"process-{len(self.processes)}.log", self)
         self.processes.append(process)
         services = re.sub(r"--config \S+", "", command.partition("nameko run ")[2]).split()
-        expected = sum(map(self.services_in, services))
+        expected = {
+            r"queue ready": sum(map(self.services_in, services)),
+            # until then Ctrl-C would meet a start, which it ends with a traceback
+            r"rpc ready|nobody can be called": len(CALLABLE.intersection(services)),
+        }
+
+        def is_ready():
+            return all(len(re.findall(x, process.text)) == n for x, n in expected.items())
+
         wait_until(
-            lambda: process.text.count("queue ready") == expected or process.has_ended,
+            lambda: is_ready() or process.has_ended,
             SECONDS,
             lambda: f"{command}: {process.text}",
         )
@@ -444,6 +455,23 @@ class TestEvents:
     def test_a_test_of_a_handler(self, reader):
         reader.save_files("docs/events.md")
         tests = "test_greeter.py -q -c /dev/null --rootdir . -p no:cacheprovider"
+        done = reader.run(f".venv/bin/python -m pytest {tests} -p no:nameko_sqlalchemy")
+        assert "1 passed" in done
+
+
+class TestRpc:
+    def test_a_method_and_a_call_of_it(self, reader):
+        reader.save_files("docs/rpc.md")
+        [command] = [b for b in blocks("docs/rpc.md") if b.language == "bash"]
+        [printed] = [b for b in blocks("docs/rpc.md") if b.language == "text"]
+        running = Running(command.text.strip(), reader.folder / "process.log", reader)
+        reader.processes.append(running)
+
+        running.wait_for(re.escape(printed.text))
+
+    def test_a_test_of_a_service(self, reader):
+        reader.save_files("docs/rpc.md")
+        tests = "test_tea.py -q -c /dev/null --rootdir . -p no:cacheprovider"
         done = reader.run(f".venv/bin/python -m pytest {tests} -p no:nameko_sqlalchemy")
         assert "1 passed" in done
 

@@ -79,6 +79,10 @@ class House:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return self._work(lambda service: service.logout(request(**headers)))
 
+    def session(self, token: str) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self._work(lambda service: service.get_session(token))
+        return found
+
     def rows(self, model: type[Base]) -> list[Any]:
         with Session(self.engine, expire_on_commit=False) as db:
             return list(db.scalars(select(model)).all())
@@ -398,6 +402,26 @@ class TestLogin:
         use_hasher(monkeypatch, PasswordHasher(time_cost=2, memory_cost=16, parallelism=1))
         house.login()
         assert len(writers) == 4
+
+
+class TestGetSession:
+    def test_says_who_is_logged_in(self, house: House) -> None:
+        house.register()
+        token = house.login()[1]["access_token"]
+        (session,) = house.rows(UserSession)
+        assert house.session(token) == {
+            "session_id": session.id,
+            "user_id": session.user_id,
+            "email": "ada@acme.example",
+            "expires_at": session.expires_at.isoformat(timespec="milliseconds") + "+00:00",
+        }
+
+    def test_knows_no_session_that_is_over(self, house: House) -> None:
+        house.register()
+        revoked, expired = (house.login()[1]["access_token"] for _ in range(2))
+        house.logout(revoked)
+        house.execute(update(UserSession).values(expires_at=datetime(2020, 1, 1)))
+        assert [house.session(token) for token in (revoked, expired, "none", "")] == [None] * 4
 
 
 class TestLogout:

@@ -17,6 +17,7 @@ import yaml
 from nameko.extensions import ENTRYPOINT_EXTENSIONS_ATTR
 
 import shared.events
+import shared.rpc
 from shared.cli import main as queuectl
 from shared.contracts import contracts
 from shared.database import Database, database_url
@@ -26,6 +27,7 @@ from shared.events.dispatcher import make_envelope
 from shared.lifecycle import MOVES, DeliveryStatus
 from shared.native import sleep
 from shared.providers import QueueProvider
+from shared.rpc import RpcProxy
 from shared.settings import load_settings
 from shared.tables import deliveries, metadata
 from shared.web.entrypoint import HttpEntrypoint
@@ -315,6 +317,21 @@ class TestEvents:
         assert "\nNot there yet: `dedupe_key` for dispatches and `inbox` for" in read(
             "docs/events.md"
         )
+
+
+class TestRpc:
+    def test_list_errors_that_are_there(self) -> None:
+        for row in table_rows("docs/rpc.md", "Error"):
+            name, is_ours = row[0].strip("`"), "of `shared.errors`" in row[1]
+            error = getattr(import_module("shared.errors" if is_ours else "shared.rpc"), name)
+            assert issubclass(error, QueueError) is is_ours
+
+    def test_tell_of_everything_that_the_package_has(self) -> None:
+        text = read("docs/rpc.md")
+        assert {name for name in shared.rpc.__all__ if f"`{name}`" not in text} <= {"rpc"}
+
+    def test_name_the_timeout_that_there_is_by_default(self) -> None:
+        assert f"default is {RpcProxy('any').timeout:g};" in read("docs/rpc.md").replace("\n", " ")
 
 
 def keyword_only(function: Any) -> list[inspect.Parameter]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared.providers import redis
-from shared.providers.redis import provider, scripts, wire
+from shared.providers.redis import provider, rpc, scripts, wire
 
 LUA = Path(redis.__file__).with_name("lua")
 
@@ -29,12 +29,18 @@ class TestScript:
     def test_has_what_it_includes(self, path: Path) -> None:
         source = scripts._source(path.stem)
         assert "@include" not in source
-        assert source.count("local function places(") == 1
+        assert source.count("local function milliseconds(") == 1
 
     def test_is_used(self, path: Path) -> None:
-        assert f'script("{path.stem}"' in Path(provider.__file__).read_text()
+        code = [Path(module.__file__).read_text() for module in (provider, rpc)]
+        assert f'script("{path.stem}"' in "".join(code)
 
 
 def test_a_lost_lease_has_the_number_of_the_scripts() -> None:
     found = re.findall(r"^local ([A-Z_]+) = (-\d+)$", (LUA / "_queue.lua").read_text(), re.M)
     assert found == [("LEASE_LOST", str(wire.LEASE_LOST))]
+
+
+def test_an_undeclared_queue_has_the_number_of_the_script() -> None:
+    found = re.findall(r"^local ([A-Z_]+) = (-\d+)$", (LUA / "rpc_send.lua").read_text(), re.M)
+    assert found == [("NOT_DECLARED", str(rpc.NOT_DECLARED))]

@@ -28,6 +28,7 @@ from shared.errors import (
     MessageNotFoundError,
     NothingToRetryError,
     PayloadError,
+    RpcTimeoutError,
     StoreUnavailableError,
 )
 from shared.settings import Settings
@@ -283,6 +284,7 @@ class TestErrors:
         [
             DispatchError("no table in host db.internal"),
             StoreUnavailableError("no route to db.internal"),
+            RpcTimeoutError("no reply from db.internal"),
             OperationalError("SELECT 1", {}, Exception("db.internal")),
             InterfaceError("SELECT 1", {}, Exception("db.internal")),
         ],

@@ -66,6 +66,7 @@ class RabbitMQProvider(QueueProvider):
             leases_expire=False,
             counts_all=False,
             fans_out=True,
+            nameko_rpc=True,
         )
         self.longest_lease = LEASE_SHARE * settings.rabbitmq_consumer_timeout
         self._targets = targets_of(settings.rabbitmq_uri)

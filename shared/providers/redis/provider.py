@@ -7,26 +7,17 @@ clock decides what is due. Who waits is woken by pub/sub.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import compress
+from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any
 
 from shared.errors import ProviderError
 from shared.native import select as wait_readable
 from shared.providers.base import QueueProvider, SubscriptionStats
-from shared.providers.redis.listener import Listener
-from shared.providers.redis.scripts import is_unknown_script, load_scripts, script
-from shared.providers.redis.servers import (
-    Server,
-    Target,
-    connected,
-    driver,
-    see_that_it_keeps_keys,
-    translated,
-)
+from shared.providers.redis.connected import Connected
+from shared.providers.redis.rpc import RedisRpc
+from shared.providers.redis.scripts import script
 from shared.providers.redis.wire import (
     MOST_AT_ONCE,
     PLACES,
@@ -44,6 +35,7 @@ from shared.providers.redis.wire import (
     order_of,
     with_shares,
 )
+from shared.providers.rpc import RpcTransport
 from shared.settings import Settings
 from shared.types import Delivery, Lease, Settlement, Subscription
 
@@ -55,35 +47,31 @@ SETTLED_MOST = 10_000
 """How many settled deliveries are remembered of a queue: about 1 MB."""
 
 
-class RedisProvider(QueueProvider):
+class RedisProvider(Connected, QueueProvider):
     """See the module's docstring."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._keys = Keys(settings.redis_prefix)
-        self._server: Server | None = None
-        self._listener: Listener | None = None
         self._mine: dict[int, Subscription] = {}
         # when, by this process's own clock, something becomes due of itself
         self._due = math.inf
         self._turns = 0
 
+    @classmethod
+    def rpc_transport(cls, settings: Settings) -> RpcTransport:
+        return RedisRpc(settings)
+
     def initialize(self) -> None:
-        self.close()
-        with translated(self.settings, self.close):
-            self._connect()
+        self._connect_anew()
 
     def close(self) -> None:
-        for each in (self._listener, self._server):
-            if each is not None:
-                each.close()
-        self._listener = self._server = None
+        self._disconnect()
 
     def declare(self, subscriptions: Sequence[Subscription]) -> None:
         # nothing to make: a queue is there with what is in it
         self._mine |= {subscription.id: subscription for subscription in subscriptions}
-        with translated(self.settings, self.close):
-            self._connect()
+        self._connect()
 
     def publish(self, deliveries: Sequence[Delivery], tx: Any = None) -> list[Delivery]:
         batches = batches_of(deliveries, lambda d: d, lambda d: len(d.message.body) + 500)
@@ -252,60 +240,9 @@ class RedisProvider(QueueProvider):
                 wanted.setdefault(queue, Wanted(queue)).limits[subscription_id] = most
         return list(wanted.values())
 
+    def _channels(self) -> set[str]:
+        return {self._keys.channel(each.queue) for each in self._mine.values()}
+
     def _note_due(self, milliseconds: int) -> None:
         if milliseconds >= 0:
             self._due = min(self._due, monotonic() + milliseconds / 1000)
-
-    # --- connections
-
-    def _run(self, commands: Sequence[Command]) -> list[Any]:
-        """Have commands done in one round trip; return what each answered."""
-        if not commands:
-            return []
-        with translated(self.settings, self.close):
-            server = self._connect()
-            answers = server.ask(commands)
-            unknown = [is_unknown_script(answer) for answer in answers]
-            if any(unknown):
-                load_scripts(server)
-                again = iter(server.ask(list(compress(commands, unknown))))
-                answers = [
-                    next(again) if is_unknown else answer
-                    for answer, is_unknown in zip(answers, unknown, strict=True)
-                ]
-            for answer in answers:
-                if isinstance(answer, Exception):
-                    raise answer
-            return answers
-
-    def _connect(self) -> Server:
-        if self._server is None:
-            self._server = connected(Target.of(self.settings))
-            see_that_it_keeps_keys(self._server)
-            load_scripts(self._server)
-        self._listen()
-        return self._server
-
-    def _listen(self) -> None:
-        channels = {self._keys.channel(each.queue) for each in self._mine.values()}
-        if self._server is None or not channels:
-            return
-        if self._listener is None:
-            self._listener = Listener(self._server.new_connection())
-        self._listener.subscribe(channels)
-
-    @contextlib.contextmanager
-    def _deaf_on_errors(self) -> Iterator[None]:
-        """Have the next command listen anew, or say what is wrong."""
-        try:
-            yield
-        except (driver().exceptions.RedisError, OSError):
-            if self._listener is not None:
-                self._listener.close()
-            self._listener = None
-
-    def _hear(self) -> None:
-        """Forget what was heard so far: whoever reserves now finds it."""
-        if self._listener is not None:
-            with self._deaf_on_errors():
-                self._listener.forget()

@@ -40,6 +40,13 @@ class Keys:
     def paused(self, queue: str) -> str:
         return self._key(queue, "paused")
 
+    def rpc(self, queue: str) -> list[str]:
+        """Return KEYS, as ``lua/rpc_send.lua`` says."""
+        return [self._key(queue, "rpc-declared"), self._key(queue, "rpc")]
+
+    def rpc_channel(self, queue: str) -> str:
+        return self._key(queue, "rpc-wake")
+
     def of(self, queue: str, subscription_ids: Iterable[int]) -> list[str]:
         """Return KEYS, as ``lua/_queue.lua`` says."""
         shared = ("messages", "deliveries", "settled", "paused")

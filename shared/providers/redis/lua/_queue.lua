@@ -61,10 +61,7 @@ local function write_all()
   end
 end
 
-local function milliseconds()
-  local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
-end
+-- @include _clock
 
 local function parse(text)
   if not text then return nil end
