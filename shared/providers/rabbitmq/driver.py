@@ -401,14 +401,20 @@ def _target(uri: str) -> Target:
     is_tls = parts["transport"].endswith("amqps")
     name = parts["hostname"]
     host = f"[{name}]" if ":" in name else name
+    # the name can be checked only of a certificate that is checked
+    named = {} if _is_unchecked(parts) else {"server_hostname": name}
     options = {key.removeprefix("ssl_"): x for key, x in (parts.get("ssl") or {}).items()}
     return Target(
         f"{host}:{parts['port'] or (5671 if is_tls else 5672)}",
         parts["userid"] or "guest",
         parts["password"] or "guest",
         parts["virtual_host"] or "/",
-        {"server_hostname": name, **options} if is_tls else False,
+        {**named, **options} if is_tls else False,
     )
+
+
+def _is_unchecked(parts: Mapping[str, Any]) -> bool:
+    return (parts.get("ssl") or {}).get("ssl_cert_reqs") == ssl.CERT_NONE
 
 
 def connected(targets: Sequence[Target], purpose: str) -> Connection:
