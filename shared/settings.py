@@ -263,9 +263,12 @@ def _redis_prefix(value: Any) -> str:
     return _text(value)
 
 
+_AMQP_OPTION = (
+    r"(?:ssl_(?:ca_certs|certfile|keyfile)=[^&\s;]+|ssl_cert_reqs=(?:none|optional|required))"
+)
 _AMQP_URI = re.compile(
     r"(?:py)?amqps?://(?:[^@/\s;]*@)?(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?"
-    r"(?:/[^/?@\s;]*)?(?:\?ssl_\w+=[^&\s;]*(?:&ssl_\w+=[^&\s;]*)*)?"
+    rf"(?:/[^/?@\s;]*)?(?:\?{_AMQP_OPTION}(?:&{_AMQP_OPTION})*)?"
 )
 
 

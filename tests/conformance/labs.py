@@ -9,7 +9,14 @@ import pytest
 
 from shared.providers.rabbitmq.layout import DELAY_LEVELS, beside, queue_name
 from shared.testing.conformance.lab import ProviderLab, Worker
-from tests.support.servers import MariaDBServer, RabbitMQServer, RedisCluster, RedisServer
+from tests.support.servers import (
+    START_SECONDS,
+    MariaDBServer,
+    RabbitMQServer,
+    RedisCluster,
+    RedisServer,
+)
+from tests.support.waiting import wait_until
 
 
 class EmbeddedOnSQLite(ProviderLab):
@@ -112,5 +119,16 @@ class OnRabbitMQ(ProviderLab):
 class OnRabbitMQQuorum(OnRabbitMQ):
     """The same, with quorum queues."""
 
+    released_is_first = False
+
     def options(self) -> Mapping[str, str]:
         return {**super().options(), "RABBITMQ_QUEUE_TYPE": "quorum"}
+
+    def stop_server(self) -> None:
+        self.server.shut_down()
+
+    def start_server(self) -> None:
+        super().start_server()
+        names = [queue_name(each) for each in self.subscriptions()]
+        # its queues begin to serve after the server does
+        wait_until(lambda: self.server.serves(*names), START_SECONDS, "the queues to serve")

@@ -140,7 +140,7 @@ AMQP_URIS = [
     "amqp://rabbitmq",
     "pyamqp://us:p%40ss@rabbitmq:5673/shop",
     "amqp://us:p%3A%2F@[::1]:5673/%2F",
-    "amqps://rabbitmq/?ssl_ca_certs=/etc/ssl/rabbitmq.pem",
+    "amqps://rabbitmq/?ssl_ca_certs=/etc/ssl/rabbitmq.pem&ssl_cert_reqs=optional",
     "amqp://us:p@a:5672/shop;amqp://us:p@b:5672/shop",
 ]
 
@@ -291,6 +291,7 @@ BAD = [
     ("AMQP_URI", "amqp://rabbitmq/a/b", AMQP),
     ("AMQP_URI", "amqp://rabbitmq;", AMQP),
     ("AMQP_URI", "amqp://rabbitmq?heartbeat=5", AMQP),
+    ("AMQP_URI", "amqps://rabbitmq?ssl_cert_reqs=maybe", AMQP),
     ("DB_PORT", "0", f"{WHOLE} 1 to 65535"),
     ("DB_USER", "", "must not be empty"),
     ("DB_NAME", "", "must not be empty"),

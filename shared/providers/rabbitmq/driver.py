@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -400,14 +401,20 @@ def _target(uri: str) -> Target:
     is_tls = parts["transport"].endswith("amqps")
     name = parts["hostname"]
     host = f"[{name}]" if ":" in name else name
+    # the name can be checked only of a certificate that is checked
+    named = {} if _is_unchecked(parts) else {"server_hostname": name}
     options = {key.removeprefix("ssl_"): x for key, x in (parts.get("ssl") or {}).items()}
     return Target(
         f"{host}:{parts['port'] or (5671 if is_tls else 5672)}",
         parts["userid"] or "guest",
         parts["password"] or "guest",
         parts["virtual_host"] or "/",
-        {"server_hostname": name, **options} if is_tls else False,
+        {**named, **options} if is_tls else False,
     )
+
+
+def _is_unchecked(parts: Mapping[str, Any]) -> bool:
+    return (parts.get("ssl") or {}).get("ssl_cert_reqs") == ssl.CERT_NONE
 
 
 def connected(targets: Sequence[Target], purpose: str) -> Connection:
@@ -415,19 +422,29 @@ def connected(targets: Sequence[Target], purpose: str) -> Connection:
     trouble: Exception | None = None
     for target in targets:
         try:
-            connection = Connection(target, purpose)
-            connection.connect()
+            return _connected_to(target, purpose)
         except OSError as exc:
             trouble = exc
-        else:
-            return connection
     assert trouble is not None  # noqa: S101 - there is a target, by the settings
     raise trouble
+
+
+def _connected_to(target: Target, purpose: str) -> Connection:
+    connection = Connection(target, purpose)
+    try:
+        connection.connect()
+    except BaseException:
+        connection.end()
+        raise
+    return connection
 
 
 def meaning_of(exc: Exception) -> tuple[type[ProviderError], str]:
     """Return which of our errors one of the driver's is, and what to say."""
     text = " ".join(str(getattr(exc, "reply_text", None) or exc).split())
+    if isinstance(exc, ConnectionError) and exc.errno:
+        # eventlet's has the name of the number alone
+        text = os.strerror(exc.errno)
     if isinstance(exc, amqp.AccessRefused) and "login" in text.lower():
         return ProviderError, "user or password refused"
     if isinstance(exc, amqp.AccessRefused):
@@ -438,7 +455,8 @@ def meaning_of(exc: Exception) -> tuple[type[ProviderError], str]:
         return ProviderUnavailableError, f"an older connection still has it: {text}"
     if isinstance(exc, ssl.SSLCertVerificationError):
         return ProviderError, f"its certificate is refused: {text}"
-    if isinstance(exc, OSError | amqp.RecoverableConnectionError):
+    # 541: a queue's node, or its process there, is just starting
+    if isinstance(exc, OSError | amqp.RecoverableConnectionError | amqp.InternalError):
         return ProviderUnavailableError, text or type(exc).__name__
     return ProviderError, text or type(exc).__name__
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +17,9 @@ from shared.types import Delivery, Envelope, Priority, SettleAction, Settlement,
 
 CONTEXT_PREFIX = "nameko."
 """What the headers begin with that hold the context of a worker, as nameko sends it."""
+
+MOST_METADATA_BYTES = 1 << 16
+"""RabbitMQ's frames have 128 KB, and a header is one frame with whatever else is in it."""
 
 _OF_A_PLACE = ("x-death", "x-first-death", "x-last-death", "CC", "BCC")
 """Headers that say where a message has been, or is to go; a copy has a way of its own."""
@@ -39,8 +42,6 @@ class Publication:
     """The exchange that it goes to after its delay."""
     level: int = -1
     """The first delay queue that it goes through."""
-    original: Any = None
-    """The handle of the lease that it is a copy of."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -89,9 +90,15 @@ class Held:
         return self.message.properties.get("priority") or 0
 
 
-def order(held: Held) -> tuple[int, bool, int]:
+def by_priority(held: Held) -> tuple[int, bool, int]:
+    """Sort what one queue gave in the order that it has there."""
+    return -held.priority, *by_arrival(held)
+
+
+def by_arrival(held: Held) -> tuple[bool, int]:
+    """Sort what a queue without priorities gave."""
     # what was pushed was ahead of what had to be asked for
-    return -held.priority, held.consumer is None, held.tag
+    return held.consumer is None, held.tag
 
 
 def count_of(found: Iterable[Held], subscription_id: int) -> int:
@@ -118,15 +125,14 @@ class Moves:
             case SettleAction.DEAD_LETTER:
                 self.dead.append((held, settlement))
 
-    def moves(self) -> Iterator[tuple[Held, SettleAction]]:
-        for held in self.acknowledged:
-            yield held, SettleAction.ACKNOWLEDGE
-        for held in self.released:
-            yield held, SettleAction.RELEASE
-        for held, _ in self.retries:
-            yield held, SettleAction.ACKNOWLEDGE
-        for held, _ in self.dead:
-            yield held, SettleAction.DEAD_LETTER
+    def without(self, others: Iterable[tuple[Held, Settlement]]) -> list[tuple[Held, SettleAction]]:
+        """Return what to tell RabbitMQ of those that are not among ``others``."""
+        left_out = {held.handle for held, _ in others}
+        return [
+            *[(held, SettleAction.ACKNOWLEDGE) for held in self.acknowledged],
+            *[(held, SettleAction.RELEASE) for held in self.released],
+            *[(x, SettleAction.DEAD_LETTER) for x, _ in self.dead if x.handle not in left_out],
+        ]
 
 
 def encoded(envelope: Envelope) -> Any:
@@ -143,6 +149,13 @@ def encoded(envelope: Envelope) -> Any:
         timestamp=int(created_at.replace(tzinfo=UTC).timestamp()) if created_at else None,
         application_headers=_headers_of(envelope),
     )
+
+
+def has_short_metadata(envelope: Envelope) -> bool:
+    """Say whether the metadata of a message fits into its header, which is one frame."""
+    if not envelope.metadata:
+        return True
+    return len(json.dumps(envelope.metadata)) <= MOST_METADATA_BYTES
 
 
 def _headers_of(envelope: Envelope) -> dict[str, Any]:
@@ -200,7 +213,8 @@ def copied(held: Held, delivery: Delivery, attempts: int) -> Any:
     }
     headers |= _headers_of(delivery.message) if delivery.message.id else {}
     headers |= numbers_of(delivery) | {f"{OUR_PREFIX}attempts": attempts}
-    kept = {k: v for k, v in given.items() if k not in ("expiration", "user_id", "timestamp")}
+    # the one would end its wait, the other may be somebody whom we are not
+    kept = {key: x for key, x in given.items() if key not in ("expiration", "user_id")}
     made = amqp.Message(held.message.body, **{**kept, "delivery_mode": 2})
     if delivery.message.id:
         made.properties |= {"message_id": delivery.message.id, "type": delivery.message.type}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -35,16 +36,18 @@ from shared.providers.rabbitmq.messages import (
     Held,
     Moves,
     Publication,
+    by_arrival,
+    by_priority,
     copied,
     count_of,
     delivery_of,
     encoded,
+    has_short_metadata,
     numbers_of,
-    order,
 )
 from shared.providers.rabbitmq.sides import Got, Hungry, Inlet, Outlet, with_shares
 from shared.settings import Settings
-from shared.types import Delivery, Lease, SettleAction, Settlement, Subscription
+from shared.types import Delivery, Envelope, Lease, SettleAction, Settlement, Subscription
 
 MOST_PUSHED = 100
 """Deliveries of one subscription that RabbitMQ may push before one is settled."""
@@ -80,6 +83,7 @@ class RabbitMQProvider(QueueProvider):
         self._rooms: dict[int, int] = {}
         # how many each queue had left when it was last asked
         self._counts: dict[int, int] = {}
+        self._order = by_priority if self.capabilities.priorities else by_arrival
         self._turns = 0
         # whether what is ready has come, or is on its way, without being asked for
         self._is_pushed = False
@@ -87,9 +91,9 @@ class RabbitMQProvider(QueueProvider):
         keep_silent_in_threads()
 
     def initialize(self) -> None:
-        self.close()
+        # what is alive stays: while RabbitMQ takes no messages, leases go on
         with self._translated():
-            self._open()
+            self._connect()
 
     def close(self) -> None:
         for each in (self._inlet, self._outlet):
@@ -100,10 +104,9 @@ class RabbitMQProvider(QueueProvider):
 
     def declare(self, subscriptions: Sequence[Subscription]) -> None:
         with self._translated():
-            inlet, _ = self._connect()
-            for subscription in subscriptions:
-                self._declare(inlet, subscription)
-                self._mine[subscription.id] = subscription
+            self._connect()
+            self._declare(subscriptions)
+            self._mine |= {subscription.id: subscription for subscription in subscriptions}
 
     def publish(self, deliveries: Sequence[Delivery], tx: Any = None) -> list[Delivery]:
         if not deliveries:
@@ -142,9 +145,11 @@ class RabbitMQProvider(QueueProvider):
             return []
         with self._translated():
             inlet, outlet = self._connect()
-            ours, refused = inlet.sort_out(settlements)
-            stays = self._send_copies(inlet, outlet, ours)
-            inlet.settle([(held, stays.get(held.handle, action)) for held, action in ours.moves()])
+            moves, refused = inlet.sort_out(settlements)
+            # first what needs no publishing, which may fail for the time being
+            copied_first = [*moves.retries, *self._to_bury(moves)]
+            inlet.settle(moves.without(copied_first))
+            inlet.settle(self._send_copies(inlet, outlet, moves))
         return refused
 
     def extend(self, leases: Sequence[Lease], tx: Any = None) -> list[Lease]:
@@ -243,9 +248,10 @@ class RabbitMQProvider(QueueProvider):
 
     def _open(self) -> tuple[Inlet, Outlet]:
         outlet = self._outlet = Outlet(connected(self._targets, "publishes"))
-        inlet = self._inlet = Inlet(connected(self._targets, "consumes"))
-        for subscription in self._mine.values():
-            self._declare(inlet, subscription)
+        outlet.open()
+        inlet = self._inlet = Inlet(connected(self._targets, "consumes"), self._order)
+        inlet.open()
+        self._declare(list(self._mine.values()))
         return inlet, outlet
 
     def _hear(self) -> None:
@@ -260,10 +266,10 @@ class RabbitMQProvider(QueueProvider):
     def _learn(self, inlet: Inlet) -> None:
         for name, is_paused in inlet.take_news():
             self._note_pause(name, is_paused)
-        for subscription_id in inlet.take_gone():
-            if subscription_id in self._mine:
-                self._declare(inlet, self._mine[subscription_id])
-                self._is_roused = True
+        gone = [self._mine[each] for each in inlet.take_gone() if each in self._mine]
+        if gone:
+            self._declare(gone)
+            self._is_roused = True
 
     def _note_pause(self, name: str, is_paused: bool) -> None:
         for subscription in self._mine.values():
@@ -273,11 +279,24 @@ class RabbitMQProvider(QueueProvider):
                 self._paused.add(subscription.id)
             else:
                 self._paused.discard(subscription.id)
-                self._is_roused = True
+            self._is_roused = True
 
     # --- declaring
 
-    def _declare(self, inlet: Inlet, subscription: Subscription) -> None:
+    def _declare(self, subscriptions: Sequence[Subscription]) -> None:
+        assert self._inlet is not None and self._outlet is not None  # noqa: S101, PT018 - by _connect
+        for subscription in subscriptions:
+            self._declare_one(self._inlet, subscription)
+        markers = {each.id: beside(queue_name(each), "paused") for each in subscriptions}
+        try:
+            there = self._outlet.find(markers.values())
+        except Blocked:
+            # RabbitMQ notes each that is missing as an error, so this is not the first choice
+            there = {each for each in markers.values() if self._inlet.count(each) is not None}
+        self._paused -= markers.keys()
+        self._paused |= {each for each, marker in markers.items() if marker in there}
+
+    def _declare_one(self, inlet: Inlet, subscription: Subscription) -> None:
         name, is_lasting = queue_name(subscription), subscription.reliable
         inlet.declare_exchange(exchange_name(subscription.source))
         is_ours = inlet.declare_queue(subscription, self._layout.arguments(subscription))
@@ -289,17 +308,13 @@ class RabbitMQProvider(QueueProvider):
         elif subscription.id not in self._plain:
             self._plain.add(subscription.id)
             self.notices.append(
-                f"{name}: declared by plain nameko, without priorities and dead letters; "
-                "queuectl rabbitmq upgrade-queues adds them"
+                f"{name}: declared before, by plain nameko or as another kind of queue, and taken "
+                "as it is, without priorities; queuectl rabbitmq upgrade-queues declares it anew"
             )
         if is_lasting:
             inlet.declare_lasting(beside(name, "dead"), self._layout.kind())
         inlet.declare_due()
         inlet.scratch.queue_bind(name, DUE_QUEUES, routing_key=name)
-        if inlet.count(beside(name, "paused")) is None:
-            self._paused.discard(subscription.id)
-        else:
-            self._paused.add(subscription.id)
         if not is_lasting:
             inlet.anchor(subscription.id, name)
 
@@ -323,11 +338,19 @@ class RabbitMQProvider(QueueProvider):
     def _to_all(self, delivery: Delivery) -> Publication:
         message = delivery.message
         exchange = exchange_name(self.settings.source_of(message.queue))
-        made = Publication(encoded(message), exchange, message.type, [delivery], is_new=True)
+        made = Publication(self._encoded(message), exchange, message.type, [delivery], is_new=True)
         return self._delayed(made, delivery.delay)
 
+    def _encoded(self, envelope: Envelope) -> Any:
+        if not has_short_metadata(envelope):
+            self.notices.append(
+                f"{envelope.id}: sent without its metadata, which is longer than RabbitMQ takes"
+            )
+            envelope = replace(envelope, metadata={})
+        return encoded(envelope)
+
     def _to_one(self, delivery: Delivery, name: str) -> Publication:
-        message = encoded(delivery.message)
+        message = self._encoded(delivery.message)
         message.properties["application_headers"].update(numbers_of(delivery))
         return self._delayed(Publication(message, "", name, [delivery]), delivery.delay)
 
@@ -356,41 +379,40 @@ class RabbitMQProvider(QueueProvider):
             if publication.source:
                 outlet.bind_due(publication.source)
 
-    def _send_copies(self, inlet: Inlet, outlet: Outlet, ours: Moves) -> dict[Any, SettleAction]:
+    def _to_bury(self, moves: Moves) -> list[tuple[Held, Settlement]]:
+        """Return the dead letters whose queue has no place for them: plain nameko declared it."""
+        return [each for each in moves.dead if each[0].subscription_id in self._plain]
+
+    def _send_copies(
+        self, inlet: Inlet, outlet: Outlet, moves: Moves
+    ) -> list[tuple[Held, SettleAction]]:
         """Publish what is to come again later, and what is to be kept as a dead letter.
 
-        :returns: what to do with the originals instead of what was asked.
+        :returns: what to do with the originals.
         """
-        copies = [*map(self._retried, ours.retries), *self._buried(inlet, ours.dead)]
-        if not copies:
-            return {}
+        originals = [*moves.retries, *self._to_bury(moves)]
+        if not originals:
+            return []
+        copies = [self._retried(*each) for each in moves.retries]
+        copies += [self._buried(inlet, *each) for each in self._to_bury(moves)]
         self._prepare(outlet, copies)
         unrouted = {id(copy) for copy in outlet.send(copies)}
-        return {
-            copy.original: SettleAction.RELEASE
-            if id(copy) in unrouted
-            else SettleAction.ACKNOWLEDGE
-            for copy in copies
-        }
+        # for whom there is no queue is not to lose the original as well
+        return [
+            (held, SettleAction.RELEASE if id(copy) in unrouted else SettleAction.ACKNOWLEDGE)
+            for (held, _), copy in zip(originals, copies, strict=True)
+        ]
 
-    def _retried(self, retry: tuple[Held, Settlement]) -> Publication:
-        held, settlement = retry
+    def _retried(self, held: Held, settlement: Settlement) -> Publication:
         delivery = settlement.lease.delivery
-        message = copied(held, delivery, attempts=delivery.attempts + 1)
-        copy = Publication(message, "", held.queue, [delivery], original=held.handle)
-        return self._delayed(copy, settlement.delay)
+        copy = copied(held, delivery, attempts=delivery.attempts + 1)
+        return self._delayed(Publication(copy, "", held.queue, [delivery]), settlement.delay)
 
-    def _buried(
-        self, inlet: Inlet, dead: Iterable[tuple[Held, Settlement]]
-    ) -> Iterator[Publication]:
-        """Bury by hand what its queue cannot: it was declared without dead letters."""
-        for held, settlement in dead:
-            if held.subscription_id in self._plain:
-                name = beside(held.queue, "dead")
-                inlet.declare_lasting(name, self._layout.kind())
-                delivery = settlement.lease.delivery
-                message = copied(held, delivery, attempts=delivery.attempts + 1)
-                yield Publication(message, "", name, [delivery], original=held.handle)
+    def _buried(self, inlet: Inlet, held: Held, settlement: Settlement) -> Publication:
+        name, delivery = beside(held.queue, "dead"), settlement.lease.delivery
+        inlet.declare_lasting(name, self._layout.kind())
+        copy = copied(held, delivery, attempts=delivery.attempts + 1)
+        return Publication(copy, "", name, [delivery])
 
     # --- consuming
 
@@ -447,7 +469,7 @@ class RabbitMQProvider(QueueProvider):
         if len(found) >= limit:
             inlet.disarm()
         inlet.give_back()
-        return sorted(found, key=order)
+        return sorted(found, key=self._order)
 
     def _rooms_of(
         self, limits: Mapping[int, int], limit: int, found: Sequence[Held]
@@ -476,6 +498,12 @@ class RabbitMQProvider(QueueProvider):
         """Ask for what is ready, and whether anything was paused or resumed."""
         found: list[Held] = []
         is_news = limit > 0 and inlet.ask_for_news()
+        if is_news and self._layout.is_quorum:
+            # what is taken and given back goes to the end of such a queue
+            inlet.get([])
+            self._learn(inlet)
+            hungry = [each for each in hungry if each.subscription_id not in self._paused]
+            is_news = False
         while is_news or (hungry and len(found) < limit):
             is_news = False
             asked = [x for x in with_shares(hungry, limit - len(found)) if x.share > 0]

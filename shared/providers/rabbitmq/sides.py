@@ -32,7 +32,6 @@ from shared.providers.rabbitmq.messages import (
     Held,
     Moves,
     Publication,
-    order,
     parsed_object,
     text_of,
 )
@@ -126,9 +125,12 @@ class Outlet(Side):
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
         self._channel = ConfirmingChannel(connection)
+        self._levels = 0
+
+    def open(self) -> None:
+        """Make it ready to publish."""
         self._channel.open()
         self._channel.confirm_select()
-        self._levels = 0
 
     def send(self, publications: Sequence[Publication]) -> list[Publication]:
         """Publish; return those that no queue got, once RabbitMQ has all of the others.
@@ -149,6 +151,21 @@ class Outlet(Side):
         if channel.nacked:
             raise ProviderError(f"RabbitMQ refused {channel.nacked} messages: a queue is full")
         return [each for each in publications if each.key in channel.returned]
+
+    def find(self, names: Iterable[str]) -> set[str]:
+        """Return which of these queues are there.
+
+        :raises Blocked: when RabbitMQ takes no messages, which it is asked by.
+        """
+        wanted = set(names)
+        self.connection.refuse_if_blocked()
+        channel, first = self._channel, self._channel.sent + 1
+        channel.returned.clear()
+        for name in wanted:
+            # should it be there, this leaves nothing in it
+            channel.publish(amqp.Message(b"", expiration="0"), "", name, mandatory=True)
+        channel.wait_for_confirms(first)
+        return {name for name in wanted if ("", name, "") not in channel.returned}
 
     def tell(self, name: str, is_paused: bool) -> None:
         """Tell all instances of a pause, or of its end."""
@@ -196,8 +213,9 @@ class Inlet(Side):
 
     _serials = itertools.count(1)
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, order: Callable[[Held], Any]) -> None:
         super().__init__(connection)
+        self._order = order
         self.held: dict[tuple[int, int], Held] = {}
         self.pushed: list[Held] = []
         """What was pushed and nobody took yet."""
@@ -210,14 +228,14 @@ class Inlet(Side):
         self._gone: list[int] = []
         self._unanswered = 0
         self._channel = ConsumingChannel(connection, self)
-        self._channel.open()
-        self._control = self._listen()
+        self._control = ""
 
-    def _listen(self) -> str:
+    def open(self) -> None:
+        """Make it ready to consume, and to hear of pauses."""
+        self._channel.open()
         self._exchange(CONTROL, "fanout")
-        name: str = self.scratch.queue_declare("", exclusive=True, auto_delete=False).queue
-        self.scratch.queue_bind(name, CONTROL)
-        return name
+        self._control = self.scratch.queue_declare("", exclusive=True, auto_delete=False).queue
+        self.scratch.queue_bind(self._control, CONTROL)
 
     # --- declaring and looking
 
@@ -321,7 +339,7 @@ class Inlet(Side):
     def take_pushed(self, rooms: Mapping[int, int], limit: int) -> list[Held]:
         """Take what was pushed, by priority; of the subscriptions by turns."""
         by_subscription: dict[int, list[Held]] = {}
-        for held in sorted(self.pushed, key=order):
+        for held in sorted(self.pushed, key=self._order):
             by_subscription.setdefault(held.subscription_id, []).append(held)
         allowed = [its[: rooms.get(each, 0)] for each, its in by_subscription.items()]
         by_turns = [held for row in itertools.zip_longest(*allowed) for held in row if held]

@@ -63,6 +63,9 @@ class ProviderLab(ABC):
     can_stop: bool = False
     """Whether there is a server, which :meth:`stop_server` and :meth:`start_server` know."""
 
+    released_is_first: bool = True
+    """Whether what is released is reserved first again, and not after all that waits."""
+
     def __init__(self, config: Mapping[str, str]) -> None:
         self.config = {
             "QUEUE_LEASE_SECONDS": f"{LEASE_SECONDS:g}",
