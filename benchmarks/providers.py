@@ -22,8 +22,8 @@ from pathlib import Path  # noqa: E402
 
 from benchmarks.bench import Bench, OwnBench, PlainBench, percentile, report  # noqa: E402
 from shared.settings import load_settings  # noqa: E402
+from shared.testing.servers import MariaDBServer, RabbitMQServer, RedisServer  # noqa: E402
 from tests.conftest import migrate  # noqa: E402
-from tests.support.servers import MariaDBServer, RabbitMQServer, RedisServer  # noqa: E402
 
 EVENTS = 5000
 ROUNDS = 3

@@ -11,6 +11,7 @@
     ├── StoreUnavailableError      the log's database does not answer
     ├── ProviderError              a provider could not do what was asked
     │   ├── ProviderUnavailableError
+    │   │   └── ProviderBlockedError
     │   ├── UnsupportedByProviderError
     │   └── LeaseLostError         a lease was taken over
     ├── HandlerTimeoutError        a handler ran longer than it may
@@ -91,6 +92,10 @@ class ProviderError(QueueError):
 
 class ProviderUnavailableError(ProviderError):
     """Raised when a provider's server does not answer."""
+
+
+class ProviderBlockedError(ProviderUnavailableError):
+    """Raised when a provider takes nothing more for the time being, and works otherwise."""
 
 
 class UnsupportedByProviderError(ProviderError):

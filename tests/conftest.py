@@ -4,8 +4,9 @@ import eventlet
 
 eventlet.monkey_patch()
 
+import contextlib  # noqa: E402
 import os  # noqa: E402
-from collections.abc import Iterator, Mapping  # noqa: E402
+from collections.abc import Generator, Iterator, Mapping  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -13,9 +14,10 @@ import pytest  # noqa: E402
 from shared.database import database_url, make_engine  # noqa: E402
 from shared.settings import load_settings  # noqa: E402
 from shared.store.migrate import LOG, upgrade, upgrade_sqlite  # noqa: E402
-from tests.support.servers import (  # noqa: E402
+from shared.testing.servers import (  # noqa: E402
     MariaDBDatabase,
     MariaDBServer,
+    ProgramMissingError,
     RabbitMQServer,
     RedisCluster,
     RedisServer,
@@ -26,6 +28,29 @@ OURS = ("QUEUE_", "AUTH_EVENTS_", "COMPANY_", "MAIL_", "REDIS_", "RABBITMQ_", "A
 
 for _name in [name for name in os.environ if name.startswith(OURS)]:
     del os.environ[_name]
+
+
+@contextlib.contextmanager
+def _skipping() -> Iterator[None]:
+    """Skip a test whose server is not installed, or fail it where ``CI`` is true."""
+    try:
+        yield
+    except ProgramMissingError as exc:
+        if os.environ.get("CI", "").lower() == "true":
+            pytest.fail(str(exc))
+        pytest.skip(str(exc))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None]:
+    with _skipping():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None]:
+    with _skipping():
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,7 @@ class Services:
     def __exit__(
         self, _kind: type[BaseException] | None, _error: Any, _trace: TracebackType | None
     ) -> None:
-        with _undisturbed():
+        with undisturbed():
             self.stop()
 
     def start(self, service: str) -> subprocess.Popen[str]:
@@ -162,7 +162,7 @@ def _nameko_run(service: str, output: Any) -> subprocess.Popen[str]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Ignore signals for a while: an impatient second Ctrl-C would leave processes behind."""
     each = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(one, signal.SIG_IGN) for one in each]

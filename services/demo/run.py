@@ -20,6 +20,7 @@ from services.demo.processes import (
     check_free,
     read_config,
 )
+from services.demo.servers import running
 from shared.settings import Settings, settings_or_exit
 
 FOREVER = float("inf")
@@ -47,10 +48,13 @@ FORM = (
 def main() -> int:
     """Run the services until Ctrl-C; return 0 then, 1 if one ends by itself."""
     console = report.make_console()
-    settings = settings_or_exit(read_config())
     try:
-        with _following(console) as follow, Services() as services:
-            _run(console, settings, services, follow)
+        with (
+            running(console, settings_or_exit(read_config())),
+            _following(console) as follow,
+            Services() as services,
+        ):
+            _run(console, settings_or_exit(read_config()), services, follow)
     except KeyboardInterrupt:
         console.print("Stopped.")
         return 0
@@ -103,7 +107,7 @@ def _say_where(console: Console, settings: Settings) -> None:
     for service in SERVICES:
         console.print(f"{service:<13} {urls.get(service, 'no HTTP')}")
     hints = HINTS.format(
-        data=settings.data_dir.absolute(),
+        data=_data_place(settings),
         mail=_mail_place(settings.mail_url),
         form=FORM,
         queue=settings.queue_of("auth_events"),
@@ -111,6 +115,12 @@ def _say_where(console: Console, settings: Settings) -> None:
         **urls,
     )
     console.print(hints, soft_wrap=True)
+
+
+def _data_place(settings: Settings) -> str:
+    if settings.database is None:
+        return str(settings.data_dir.absolute())
+    return f"MySQL or MariaDB at {settings.database.host}:{settings.database.port}"
 
 
 def _mail_place(url: str) -> str:

@@ -29,6 +29,7 @@ from services.demo.processes import (
     free_ports,
     read_config,
 )
+from services.demo.servers import running
 from services.demo.verdict import SUBSCRIBERS, Claim, Event, events_of, judge
 from shared.database import database_url, make_reader
 from shared.settings import Settings, settings_or_exit
@@ -62,6 +63,11 @@ def _show(console: Console, folder: Path) -> int:
     started = time.monotonic()
     mail_port, *ports = free_ports(4)
     _set_environment(folder, mail_port, ports)
+    with running(console, settings_or_exit(read_config())):
+        return _tell(console, folder, mail_port, started)
+
+
+def _tell(console: Console, folder: Path, mail_port: int, started: float) -> int:
     settings = settings_or_exit(read_config())
     people = read_people("" if settings.database is None else f"{int(time.time()):x}")
     address_of = {person.address: person.mail_address for person in people}

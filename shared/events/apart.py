@@ -52,6 +52,9 @@ from shared.types import Delivery, Lease, Outcome, SettleAction, Settlement, Sub
 SWEEP_SECONDS = 10.0
 """How often deliveries are looked for that were in the hands of who died."""
 
+AGAIN_SECONDS = 0.5
+"""How long after the provider refused something it is offered again."""
+
 ALONE_SECONDS = 60.0
 """How often messages are looked for that no subscription wants and nobody published."""
 
@@ -238,6 +241,7 @@ class ApartPump(Pump):
         self._is_sweeping &= not report.is_backlog
         self._reports.unpublished += report.deliveries
         self._has_backlog = True
+        self._sweep_at = monotonic() + AGAIN_SECONDS
 
     def _take_reserved(self, report: Reserved) -> None:
         self._reports.reserved += report.leases

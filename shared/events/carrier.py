@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
 
-from shared.errors import ProviderError
+from shared.errors import ProviderBlockedError, ProviderError
 from shared.events.commands import (
     Check,
     Crashed,
@@ -91,6 +91,7 @@ class Carrier:
         self._forgotten: list[Subscription] = []
         self._connected = False
         self._was_down = False
+        self._is_blocked = False
         self._connect_at = 0.0
         self._renew_at = 0.0
         self._may_have_more = False
@@ -174,9 +175,8 @@ class Carrier:
                 self._reserve()
                 self._forget()
         self._tell_notices()
-        if self._unpublished and not self._connected:
-            new, self._unpublished = self._unpublished, []
-            self._report(Unpublished(_all(new), _has_backlog(new)))
+        if not self._connected:
+            self._report_unpublished()
 
     def _take_publish(self, command: Publish) -> None:
         self._unpublished.append(command)
@@ -234,10 +234,27 @@ class Carrier:
             return
         self._publish_at = monotonic() + GATHER_SECONDS
         new = _all(self._unpublished)
-        homeless = self._provider.publish(new)
+        try:
+            homeless = self._provider.publish(new)
+        except ProviderBlockedError as exc:
+            self._put_off(exc)
+            return
+        self._is_blocked = False
         self._report(Published(new, homeless, _has_backlog(self._unpublished)))
         self._unpublished = []
         self._provider.published(new)
+
+    def _put_off(self, exc: ProviderBlockedError) -> None:
+        """Leave what is to be published to the log; consuming goes on meanwhile."""
+        if not self._is_blocked:
+            self._report(Noticed(str(exc)))
+        self._is_blocked = True
+        self._report_unpublished()
+
+    def _report_unpublished(self) -> None:
+        new, self._unpublished = self._unpublished, []
+        if new:
+            self._report(Unpublished(_all(new), _has_backlog(new)))
 
     def _settle(self) -> None:
         if self._unsettled:

@@ -9,7 +9,7 @@ import pytest
 
 from shared.providers.rabbitmq.layout import DELAY_LEVELS, beside, queue_name
 from shared.testing.conformance.lab import ProviderLab, Worker
-from tests.support.servers import (
+from shared.testing.servers import (
     START_SECONDS,
     MariaDBServer,
     RabbitMQServer,

@@ -34,6 +34,7 @@ from shared.providers.rabbitmq.layout import (
 from shared.settings import load_settings
 from shared.tables import OWN_METADATA
 from shared.testing.conformance.lab import QUEUE, SOURCE, Worker, elapsed, seqs
+from shared.testing.servers import HOST, RabbitMQServer, free_port
 from shared.types import (
     Delivery,
     Envelope,
@@ -45,7 +46,6 @@ from shared.types import (
     new_message_id,
 )
 from tests.conformance.labs import OnRabbitMQ
-from tests.support.servers import HOST, RabbitMQServer, free_port
 from tests.support.waiting import wait_until
 
 BY_RABBITMQ = {

@@ -19,6 +19,7 @@ from shared.providers.redis import RedisProvider, listener, servers
 from shared.providers.redis.provider import SETTLED_MOST, SETTLED_MS
 from shared.settings import load_settings
 from shared.testing.conformance.lab import LEASE_SECONDS, QUEUE, SOURCE, Worker, elapsed, seqs
+from shared.testing.servers import HOST, RedisCluster, RedisSentinel, RedisServer, free_port
 from shared.types import (
     Delivery,
     Envelope,
@@ -30,7 +31,6 @@ from shared.types import (
     new_message_id,
 )
 from tests.conformance.labs import OnRedis
-from tests.support.servers import HOST, RedisCluster, RedisSentinel, RedisServer, free_port
 from tests.support.waiting import wait_until
 
 BY_REDIS = {"QUEUE_PROVIDER": "shared.providers.redis:RedisProvider"}

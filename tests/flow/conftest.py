@@ -15,9 +15,9 @@ from shared.database import database_url, make_reader
 from shared.events import EventDispatcher, QueueService
 from shared.settings import load_settings
 from shared.store import queries
+from shared.testing.servers import MariaDBServer
 from tests.conftest import migrate
 from tests.support.processes import Effects, NamekoProcess
-from tests.support.servers import MariaDBServer
 from tests.support.waiting import wait_until
 
 

@@ -15,8 +15,8 @@ import pytest
 import requests
 
 from services.auth_events.schemas import RegisterSchema
+from shared.testing.servers import HOST, free_port
 from tests.support.processes import ROOT
-from tests.support.servers import HOST, free_port
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow
@@ -123,6 +123,39 @@ class TestDemo:
         assert "Everything ended as it had to, in " in demo.text
         assert len(list((demo.data / "demo" / "mails").iterdir())) == 30
 
+    @pytest.mark.parametrize(("provider", "name"), [("redis", "Redis"), ("rabbitmq", "RabbitMQ")])
+    def test_shows_the_same_on_private_servers(self, start, provider, name):
+        demo = start(QUEUE_PROVIDER=provider)
+
+        assert demo.wait() == 0
+        started = dict(
+            re.findall(r"^Started a private (\w+) on port (\d+)", demo.text, re.MULTILINE)
+        )
+        assert list(started) == [name, "MariaDB"]
+        assert f"provider {provider}, data in" in demo.text
+        claims = re.findall(r"^([✓✗]) (.+?) *$", demo.text, re.MULTILINE)
+        assert [mark for mark, _ in claims] == ["✓"] * 5
+        assert len(re.findall(r" \d+ ms  completed *$", demo.text, re.MULTILINE)) == 78
+        assert re.search(r" 1 +\d+ ms  451 4.7.1 not now; again at \d+ ms", demo.text)
+        assert "1 retried, now completed" in demo.text
+        for port in started.values():
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((HOST, int(port)), timeout=5)
+
+    def test_takes_a_server_that_is_named(self, start, redis_server):
+        redis_server.empty()
+        demo = start(QUEUE_PROVIDER="redis", **redis_server.environment)
+
+        assert demo.wait() == 0
+        assert re.findall(r"^Started a private (\w+)", demo.text, re.MULTILINE) == ["MariaDB"]
+        redis_server.empty()
+
+    def test_names_the_package_of_a_server_that_is_not_installed(self, start, tmp_path):
+        demo = start(QUEUE_PROVIDER="redis", PATH=str(tmp_path))
+
+        assert demo.wait() == 1
+        assert demo.text == "Error: redis-server was not found: apt install redis-server\n"
+
     def test_says_what_is_not_as_it_has_to_be(self, start):
         demo = start(QUEUE_MAX_RETRIES="0")
 
@@ -211,6 +244,22 @@ class TestRun:
             assert f"\n{service:<13} | " in f"\n{demo.text}"
         demo.process.send_signal(signal.SIGINT)
         assert demo.wait() == 0
+
+    @pytest.mark.parametrize("provider", ["redis", "rabbitmq"])
+    def test_has_private_servers_for_as_long_as_it_runs(self, start, addresses, provider):
+        demo = start("run", QUEUE_PROVIDER=provider, **addresses)
+        demo.wait_for(lambda: "Ctrl-C ends them." in demo.text, "the hints")
+        ports = re.findall(r"^Started a private \w+ on port (\d+)", demo.text, re.MULTILINE)
+        assert f"Data is in MySQL or MariaDB at {HOST}:{ports[1]}" in demo.text
+        url = f"http://{addresses['QUEUE_ADMIN_ADDRESS']}/queue/health"
+
+        demo.wait_for(lambda: requests.get(url, timeout=10).status_code == 200, "green health")
+
+        demo.process.send_signal(signal.SIGINT)
+        assert demo.wait() == 0
+        for port in ports:
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((HOST, int(port)), timeout=5)
 
     def test_ends_when_a_service_does(self, start, addresses):
         demo = start("run", **addresses)

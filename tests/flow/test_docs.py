@@ -22,9 +22,9 @@ from shared.contracts import contracts
 from shared.database import database_url, make_reader
 from shared.events import EventDispatcher
 from shared.store import queries
+from shared.testing.servers import free_port
 from tests.support.documents import blocks
 from tests.support.processes import ROOT
-from tests.support.servers import free_port
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow

@@ -31,8 +31,8 @@ from shared.providers import RpcMessage, provider_class
 from shared.rpc import RpcProxy, RpcReply
 from shared.rpc.client import RpcClient
 from shared.tables import metadata
+from shared.testing.servers import free_port
 from tests.flow.apps.callee import TeaError
-from tests.support.servers import free_port
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow

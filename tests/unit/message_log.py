@@ -16,6 +16,7 @@ from shared.store.summary import refresh
 from shared.tables import attempts as attempts_table
 from shared.tables import deliveries as deliveries_table
 from shared.tables import messages as messages_table
+from shared.testing.servers import MariaDBServer
 from shared.types import (
     Delivery,
     Envelope,
@@ -25,7 +26,6 @@ from shared.types import (
     Subscription,
     new_message_id,
 )
-from tests.support.servers import MariaDBServer
 
 COMPLETED, DISCARDED, FAILED, PENDING, PROCESSING, RETRY = (
     DeliveryStatus.COMPLETED,

@@ -30,6 +30,7 @@ from shared.tables import MESSAGE_COLUMNS, envelope_of, metadata
 from shared.tables import deliveries as deliveries_table
 from shared.tables import messages as messages_table
 from shared.tables import subscriptions as subscriptions_table
+from shared.testing.servers import MariaDBDatabase, MariaDBServer
 from shared.types import (
     MAX_JSON_DEPTH,
     Delivery,
@@ -40,7 +41,6 @@ from shared.types import (
     SettleAction,
     Subscription,
 )
-from tests.support.servers import MariaDBDatabase, MariaDBServer
 from tests.support.waiting import wait_until
 from tests.unit.message_log import (
     BOOM,

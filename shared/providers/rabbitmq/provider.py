@@ -11,7 +11,7 @@ from typing import Any
 
 import amqp
 
-from shared.errors import ProviderError, ProviderUnavailableError, UnsupportedByProviderError
+from shared.errors import ProviderBlockedError, ProviderError, UnsupportedByProviderError
 from shared.native import select as wait_ready
 from shared.providers.base import Capabilities, QueueProvider, SubscriptionStats
 from shared.providers.rabbitmq.driver import (
@@ -224,7 +224,7 @@ class RabbitMQProvider(QueueProvider):
         try:
             yield
         except Blocked as exc:
-            raise ProviderUnavailableError(
+            raise ProviderBlockedError(
                 f"RabbitMQ at {self._where} takes no messages: it is short of memory or disk"
             ) from exc
         except DRIVER_ERRORS as exc:

@@ -1,4 +1,7 @@
-"""Real servers for the tests, each private: a free port, its data in a temporary folder."""
+"""Real servers, each private: a free port, its data in a temporary folder.
+
+For tests, and for who wants to see the suite on a server that is not there yet.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +22,7 @@ from typing import Any
 
 import amqp
 import pymysql
-import pytest
 import redis
-
-from tests.support.waiting import wait_until
 
 HOST = "127.0.0.1"
 
@@ -29,6 +30,22 @@ START_SECONDS = 30.0
 """How long a server may take until it answers: a busy machine recovers slowly."""
 
 STOP_SECONDS = 30.0
+
+POLL_SECONDS = 0.02
+
+
+class ProgramMissingError(Exception):
+    """Raised when a server's program is not installed.
+
+    :param package: what Debian calls the package that has it.
+    """
+
+    def __init__(self, name: str, package: str) -> None:
+        super().__init__(f"{name} was not found: apt install {package}")
+
+
+class ServerError(Exception):
+    """Raised when a server does not do what it was started for."""
 
 
 def free_port() -> int:
@@ -40,19 +57,17 @@ def free_port() -> int:
 
 
 def find_program(name: str, package: str) -> str:
-    """Return the path of a program; without it skip the test, or fail it where ``CI`` is true.
+    """Return the path of a program.
 
     :param package: what Debian calls the package that has it.
+    :raises ProgramMissingError: when it is not installed.
     """
     # servers are in folders that only root has in its PATH
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
     found = shutil.which(name, path=path)
-    if found is not None:
-        return found
-    reason = f"{name} was not found: apt install {package}"
-    if os.environ.get("CI", "").lower() == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
+    if found is None:
+        raise ProgramMissingError(name, package)
+    return found
 
 
 def mortal() -> list[str]:
@@ -61,12 +76,23 @@ def mortal() -> list[str]:
     return [found, "--pdeathsig", "KILL"] if found else []
 
 
+def _wait_until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise ServerError(f"waited {START_SECONDS:g} s in vain for {what()}")
+        time.sleep(POLL_SECONDS)
+
+
 class Server(ABC):
-    """A server as a child process, which can be stopped, killed and started again."""
+    """A server as a child process, which can be stopped, killed and started again.
+
+    :raises ProgramMissingError: when it is not installed.
+    """
 
     def __init__(self) -> None:
-        # not pytest's own folder: its name is too long for a socket
-        self.folder = Path(tempfile.mkdtemp(prefix="nameko-tests-"))
+        # in no folder of the caller's: its name may be too long for a socket
+        self.folder = Path(tempfile.mkdtemp(prefix="nameko-server-"))
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -84,11 +110,14 @@ class Server(ABC):
         return self.folder / "server.log"
 
     def _variables(self) -> Mapping[str, str] | None:
-        """Return its environment; ``None`` for that of the tests."""
+        """Return its environment; ``None`` for this process's own."""
         return None
 
     def start(self) -> None:
-        """Start it, and return once it answers."""
+        """Start it, and return once it answers.
+
+        :raises ServerError: when it does not.
+        """
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 [*mortal(), *self.command()],
@@ -96,10 +125,10 @@ class Server(ABC):
                 stderr=output,
                 stdin=subprocess.DEVNULL,
                 env=self._variables(),
+                # out of Ctrl-C's reach: it is we who end it
+                start_new_session=True,
             )
-        wait_until(
-            self._is_up, START_SECONDS, lambda: f"the server to answer: {self._last_words()}"
-        )
+        _wait_until(self._is_up, lambda: f"the server to answer: {self._last_words()}")
 
     def stop(self) -> None:
         """Shut it down in order, and return once it is gone."""
@@ -127,7 +156,7 @@ class Server(ABC):
 
     def _is_up(self) -> bool:
         if self.process is not None and self.process.poll() is not None:
-            raise AssertionError(f"the server ended at once: {self._last_words()}")
+            raise ServerError(f"the server ended at once: {self._last_words()}")
         return self.answers()
 
     def _last_words(self) -> str:
@@ -171,7 +200,9 @@ class MariaDBServer(Server):
             capture_output=True,
             check=False,
         )
-        assert made.returncode == 0, made.stderr.decode() + made.stdout.decode()
+        if made.returncode:
+            self.close()
+            raise ServerError((made.stderr + made.stdout).decode(errors="replace"))
 
     def command(self) -> Sequence[str]:
         return [
@@ -238,7 +269,8 @@ class MariaDBServer(Server):
     def _where(self) -> list[str]:
         # it refuses to run as root unless it is told to
         user = ["--user=root"] if os.geteuid() == 0 else []
-        return [*user, f"--datadir={self.folder / 'data'}"]
+        # a server that starts removes temporary tables of whoever shares the folder
+        return [*user, f"--datadir={self.folder / 'data'}", f"--tmpdir={self.folder}"]
 
 
 class RedisServer(Server):
@@ -313,7 +345,7 @@ class RedisCluster:
         """Start the nodes; return once each knows that all slots are served."""
         for node in self.nodes:
             node.start()
-        wait_until(self._is_whole, START_SECONDS, lambda: "the cluster to be whole")
+        _wait_until(self._is_whole, lambda: "the cluster to be whole")
 
     def make(self) -> None:
         """Start the nodes for the first time, and make a cluster of them."""
@@ -327,7 +359,7 @@ class RedisCluster:
             with self.nodes[0].client() as client:
                 bus = node._options[-1]
                 client.execute_command("CLUSTER", "MEET", HOST, node.port, bus)
-        wait_until(self._is_whole, START_SECONDS, lambda: "the cluster to be made")
+        _wait_until(self._is_whole, lambda: "the cluster to be made")
 
     def stop(self) -> None:
         """Shut all nodes down."""
@@ -395,9 +427,9 @@ class RedisSentinel(Server):
 
     def fail_over(self) -> None:
         """Kill the primary, once the replica has what it has; return when that is the new one."""
-        wait_until(self._is_followed, START_SECONDS, lambda: "the replica to follow")
+        _wait_until(self._is_followed, lambda: "the replica to follow")
         self.primary.kill()
-        wait_until(self._is_failed_over, START_SECONDS, lambda: "the replica to take over")
+        _wait_until(self._is_failed_over, lambda: "the replica to take over")
 
     def close(self) -> None:
         """End all three."""
@@ -475,7 +507,9 @@ class RabbitMQServer(Server):
     def start(self) -> None:
         if self._epmd is None:
             epmd = [self._epmd_program, "-port", str(self._epmd_port), "-address", HOST]
-            self._epmd = subprocess.Popen([*mortal(), *epmd], stdin=subprocess.DEVNULL)
+            self._epmd = subprocess.Popen(
+                [*mortal(), *epmd], stdin=subprocess.DEVNULL, start_new_session=True
+            )
         super().start()
 
     def stop(self) -> None:
@@ -536,7 +570,8 @@ class RabbitMQServer(Server):
             check=False,
             timeout=STOP_SECONDS,
         )
-        assert done.returncode == 0, done.stderr + done.stdout
+        if done.returncode:
+            raise ServerError(done.stderr + done.stdout)
         return done.stdout
 
     def close(self) -> None:
