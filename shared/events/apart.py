@@ -416,8 +416,10 @@ class ApartPump(Pump):
 
     def _publish(self, turn: ApartTurn) -> None:
         if turn.new and self._is_direct:
-            inbox = self._carrier.inbox
-            (inbox.send_quietly if self._carrier.is_gathering else inbox.send)(Publish(turn.new))
+            self._carrier.inbox.send_quietly(Publish(turn.new))
+            # in this order: it is awake, or will look once more before it sleeps for long
+            if not self._carrier.is_gathering:
+                self._carrier.inbox.ring()
         if turn.has_sweep:
             self._sweep_at = monotonic() + SWEEP_SECONDS
             self._has_backlog = self._is_sweeping = bool(turn.taken)

@@ -156,10 +156,11 @@ class QueueClient(SharedExtension):
 
     def _make_pump(self) -> Pump | UnloggedPump:
         provider = make_provider(self.settings)
+        self._is_joined = provider.capabilities.joins_log
         kind: type[Pump | UnloggedPump] = ApartPump
         if not self.settings.log:
             kind = UnloggedPump
-        elif provider.capabilities.joins_log:
+        elif self._is_joined:
             kind = JoinedPump
         return kind(self.settings, provider, self._mailbox, self._take, _log.log, self._crash)
 
@@ -193,7 +194,8 @@ class QueueClient(SharedExtension):
     def _take(self, leases: list[Lease]) -> None:
         for lease in leases:
             self._inbox.put(lease)
-        eventlet.spawn_after(HELD_SECONDS, self._give_back_held, leases)
+        if not self._is_joined:
+            eventlet.spawn_after(HELD_SECONDS, self._give_back_held, leases)
 
     def _give_back_held(self, leases: list[Lease]) -> None:
         """Give back what no worker was free for: others may be."""

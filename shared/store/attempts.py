@@ -198,7 +198,9 @@ def start(
         that provider does it; ``None`` for a provider that works in these tables itself.
     """
     started = Started()
-    known = [lease for lease in leases if lease.token != 1]
+    # a provider in these tables cannot have forgotten that it handed something out before
+    is_new = {lease.key for lease in leases if held_for is None and lease.token == 1}
+    known = [lease for lease in leases if lease.key not in is_new]
     lock(tx, {lease.delivery.message.id for lease in leases})
     states = _states(tx, known) if known else {}
     seen: set[int] = set()
@@ -206,7 +208,7 @@ def start(
         seq = lease.delivery.seq
         if seq in seen:
             started.settled.append(Settlement(lease, SettleAction.ACKNOWLEDGE))
-        elif lease.token == 1:
+        elif lease.key in is_new:
             started.run.append(lease)
         else:
             _sort_out(tx, started, lease, states.get(seq), seq in running)
