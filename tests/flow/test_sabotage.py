@@ -12,11 +12,6 @@ from tests.support.waiting import wait_until
 pytestmark = pytest.mark.flow
 
 
-@pytest.fixture
-def flow(backend_flow):
-    return backend_flow
-
-
 RECORDER = "tests.flow.apps.recorder"
 SABOTEUR = "tests.flow.apps.saboteur"
 

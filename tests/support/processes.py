@@ -45,6 +45,7 @@ class NamekoProcess:
 
     def kill(self) -> None:
         """SIGKILL: nothing is finished, nothing handed back."""
+        self.process.send_signal(signal.SIGCONT)
         self.process.kill()
         self.process.wait()
 
