@@ -181,15 +181,16 @@ class Database:
         return self._engine
 
     @contextlib.contextmanager
-    def transaction(self, *, durable: bool = True) -> Iterator[Transaction]:
+    def transaction(self, *, durable: bool = True, reckons: bool = False) -> Iterator[Transaction]:
         """Open a transaction; commit it at the end, or roll it back when something is raised.
 
         :param durable: whether it has to survive a power failure. What does not is three
             times as fast on SQLite, and survives whatever else happens to the process.
+        :param reckons: the time need not be asked for, nor whether the connection lives.
         :raises StoreUnavailableError: when the database does not answer.
         :raises CommitUncertainError: when it went away while committing.
         """
-        tx = self._begin(durable)
+        tx = self._begin(durable, reckons)
         try:
             yield tx
         except BaseException as exc:
@@ -209,7 +210,7 @@ class Database:
         for _ in range(TRANSIENT_TRIES):
             was_kept = self._connection is not None
             try:
-                with self.transaction(durable=durable) as tx:
+                with self.transaction(durable=durable, reckons=True) as tx:
                     return step(tx)
             except CommitUncertainError:
                 raise
@@ -269,13 +270,13 @@ class Database:
         with contextlib.suppress(Exception):
             self._engine.dispose()
 
-    def _begin(self, durable: bool) -> Transaction:
+    def _begin(self, durable: bool, reckons: bool) -> Transaction:
         was_kept = self._connection is not None
         try:
             connection = self._connect()
             self._set_durable(connection, durable)
             connection.begin()
-            return Transaction(connection, self._now(connection))
+            return Transaction(connection, self._now(connection, reckons))
         except StoreUnavailableError:
             self.drop_connection()
             raise
@@ -283,7 +284,7 @@ class Database:
             self.drop_connection()
             # the server was restarted meanwhile, or ended what it took to be idle
             if was_kept and getattr(exc, "connection_invalidated", False):
-                return self._begin(durable)
+                return self._begin(durable, reckons)
             raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
 
     def _connect(self) -> Connection:
@@ -297,12 +298,12 @@ class Database:
             raise StoreUnavailableError(f"{self._engine.url.database} was removed or replaced")
         return self._connection
 
-    def _now(self, connection: Connection) -> datetime:
+    def _now(self, connection: Connection, reckons: bool) -> datetime:
         """Return the database's time: asked for anew once a second, and reckoned in between."""
         if self.is_sqlite:
             return utc_now(connection)
         passed = time.monotonic() - self._asked_at
-        if passed > CLOCK_SECONDS:
+        if passed > CLOCK_SECONDS or not reckons:
             self._clock, self._asked_at, passed = utc_now(connection), time.monotonic(), 0.0
         return self._clock + timedelta(milliseconds=int(passed * 1000))
 

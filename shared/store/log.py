@@ -88,7 +88,7 @@ _ADD_FOR_ALL = Prepared(
             ),
         )
         .where(messages.c.id.in_(bindparam("ids", expanding=True)), gets_events(bindparam("alive")))
-        .order_by(messages.c.id, subscriptions.c.id),
+        .order_by(messages.c.id, subscriptions.c.subscriber),
     )
     .returning(deliveries.c.seq, deliveries.c.message_id, deliveries.c.subscription_id)
 )
