@@ -222,6 +222,9 @@ class Carrier:
             self._provider.initialize()
             if self._mine:
                 self._provider.declare(self._mine)
+            if self._was_down and self._settings.log:
+                # what waits for it in the log is older
+                self._report_unpublished()
             self._connected, self._was_down = True, False
             self._report(Up())
         if not self._is_declared:
