@@ -58,6 +58,9 @@ AGAIN_SECONDS = 0.5
 ALONE_SECONDS = 60.0
 """How often messages are looked for that no subscription wants and nobody published."""
 
+MOST_ALONE = 10_000
+"""How many ids of such messages a dispatcher keeps, to publish them sooner than others would."""
+
 FINISH_SECONDS = 3.0
 """How long the provider may take for what is left to be told to it."""
 
@@ -101,6 +104,8 @@ class ApartTurn(Turn):
     started: attempts.Started = field(default_factory=attempts.Started)
     adopted: set[Any] = field(default_factory=set)
     taken: list[Delivery] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    """Messages that no subscription wants, of those that this pump is to publish."""
 
     @property
     def has_work(self) -> bool:
@@ -139,6 +144,8 @@ class ApartPump(Pump):
         self._publish_at = 0.0
         self._sweep_at = 0.0
         self._alone_at = 0.0
+        # messages that no subscription in the log wants: stored here, and not published so far
+        self._alone: dict[str, None] = {}
         self._handlers: dict[type, Callable[[Any], None]] = {
             Published: self._take_published,
             Unpublished: self._take_unpublished,
@@ -240,6 +247,7 @@ class ApartPump(Pump):
     def _take_unpublished(self, report: Unpublished) -> None:
         self._is_sweeping &= not report.is_backlog
         self._reports.unpublished += report.deliveries
+        self._note_alone(report.deliveries)
         self._has_backlog = True
         self._sweep_at = monotonic() + AGAIN_SECONDS
 
@@ -397,9 +405,17 @@ class ApartPump(Pump):
     def _sweep(self, tx: Transaction, turn: ApartTurn) -> None:
         backlog.recover(tx)
         turn.taken = backlog.take(tx)
-        if self._provider.capabilities.fans_out and monotonic() >= self._alone_at:
-            self._alone_at = monotonic() + ALONE_SECONDS
-            turn.taken += backlog.alone(tx)
+        is_time = bool(self._alone) or monotonic() >= self._alone_at
+        if self._provider.capabilities.fans_out and is_time:
+            turn.asked = list(self._alone)[: backlog.MOST_AT_ONCE]
+            found = backlog.alone(tx, turn.asked)
+            has_more = len(found) >= backlog.MOST_AT_ONCE
+            self._alone_at = 0.0 if has_more else monotonic() + ALONE_SECONDS
+            turn.taken += found
+
+    def _note_alone(self, deliveries: list[Delivery]) -> None:
+        its = [each.message.id for each in deliveries if not each.seq]
+        self._alone |= dict.fromkeys(its[: MOST_ALONE - len(self._alone)])
 
     # --- what follows, once it is stored
 
@@ -420,12 +436,18 @@ class ApartPump(Pump):
             # in this order: it is awake, or will look once more before it sleeps for long
             if not self._carrier.is_gathering:
                 self._carrier.inbox.ring()
+        elif turn.new:
+            self._note_alone(turn.new)
         if turn.has_sweep:
             self._sweep_at = monotonic() + SWEEP_SECONDS
-            self._has_backlog = self._is_sweeping = bool(turn.taken)
+            for each in turn.asked:
+                self._alone.pop(each, None)
+            self._is_sweeping = bool(turn.taken)
             if turn.taken:
-                self._sweep_at = 0.0
                 self._tell(Publish(turn.taken, is_backlog=True))
+            self._has_backlog = bool(turn.taken or self._alone)
+            if self._has_backlog:
+                self._sweep_at = 0.0
 
     def _settle(self, turn: ApartTurn) -> None:
         """Tell the provider how attempts ended; a refused one comes again, for the log to say."""

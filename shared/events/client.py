@@ -121,6 +121,16 @@ class QueueClient(SharedExtension):
         """Have an outcome stored and the delivery settled; does not wait for it."""
         self._mailbox.send(outcome)
 
+    def ack_message(self, message: Sequence[Lease]) -> None:
+        """Take deliveries to be completed: what nameko's own has for ``handle_result``."""
+        for lease in message:
+            self.end(Outcome(lease, DeliveryStatus.COMPLETED))
+
+    def requeue_message(self, message: Sequence[Lease]) -> None:
+        """Hand deliveries back, to be handled again at once; their attempt does not count."""
+        for lease in message:
+            self.end(Outcome(lease, DeliveryStatus.PENDING, Failure("Requeued", "by its handler")))
+
     # --- for dispatchers and operations
 
     def append(self, envelopes: Sequence[Envelope], *, again: bool = False) -> None:

@@ -131,9 +131,18 @@ class EventHandler(NamekoEventHandler):
 
         :param message: the leases that the handler had: one, or those of its batch.
         """
+        self.handle_message_processed(message, result, exc_info)
+        return result, exc_info
+
+    def handle_message_processed(
+        self,
+        message: Sequence[Lease],
+        result: Any = None,  # noqa: ARG002 - part of nameko's signature
+        exc_info: ExcInfo | None = None,
+    ) -> None:
+        """Settle deliveries; may be overridden, as :meth:`handle_result` may."""
         for lease in message:
             self._settle(decide(lease, self.retry_policy(lease), exc_info))
-        return result, exc_info
 
     def retry_policy(self, lease: Lease) -> RetryPolicy:
         """Return how a delivery is retried: dispatch goes before handler, that before setting."""

@@ -9,7 +9,7 @@ tables uses both columns itself, and needs none of this.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import Integer, bindparam, exists, or_, select, true, update
@@ -91,18 +91,27 @@ _ALONE = (
     select(*MESSAGE_COLUMNS)
     .where(
         messages.c.status == MessageStatus.PENDING,
-        messages.c.created_at < bindparam("before"),
         ~exists().where(c.message_id == messages.c.id),
     )
-    .order_by(messages.c.created_at)
+    .order_by(messages.c.created_at, messages.c.id)
     .limit(MOST_AT_ONCE)
+    .with_for_update(skip_locked=True)
+)
+_IS_LEFT = messages.c.updated_at < bindparam("before")
+_IS_UNTAKEN = or_(messages.c.updated_at <= messages.c.created_at, _IS_LEFT)
+_MARK = Prepared(
+    update(messages).where(messages.c.id.in_(_IDS)).values(updated_at=bindparam("now"))
+)
+_UNMARK = Prepared(
+    update(messages)
+    .where(messages.c.id.in_(_IDS), messages.c.status == MessageStatus.PENDING)
+    .values(updated_at=messages.c.created_at)
 )
 
 
 def published(tx: Transaction, deliveries: Sequence[Delivery]) -> None:
     """Note that the provider has them."""
-    seqs = [delivery.seq for delivery in deliveries if delivery.seq]
-    alone = [delivery.message.id for delivery in deliveries if not delivery.seq]
+    seqs, alone = _parted(deliveries)
     if seqs:
         _PUBLISHED.change(tx, {"seqs": seqs})
     if alone:
@@ -111,7 +120,16 @@ def published(tx: Transaction, deliveries: Sequence[Delivery]) -> None:
 
 def give_back(tx: Transaction, deliveries: Sequence[Delivery]) -> None:
     """Note that the provider may not have them: they are to be published again."""
-    _GIVE_BACK.change(tx, {"seqs": [delivery.seq for delivery in deliveries]})
+    seqs, alone = _parted(deliveries)
+    if seqs:
+        _GIVE_BACK.change(tx, {"seqs": seqs})
+    if alone:
+        _UNMARK.change(tx, {"ids": alone})
+
+
+def _parted(deliveries: Sequence[Delivery]) -> tuple[list[int], list[str]]:
+    """Return the numbers of deliveries, and the ids of messages that have none."""
+    return [x.seq for x in deliveries if x.seq], [x.message.id for x in deliveries if not x.seq]
 
 
 def recover(tx: Transaction) -> None:
@@ -161,13 +179,23 @@ def take(tx: Transaction) -> list[Delivery]:
     ]
 
 
-def alone(tx: Transaction) -> list[Delivery]:
-    """Return what no subscription wants and was not published: its dispatcher died."""
-    values = {"before": tx.later(-PUBLISH_SECONDS)}
-    rows = tx.connection.execute(_ALONE, values).all()
+def alone(tx: Transaction, own: Collection[str] = ()) -> list[Delivery]:
+    """Take what no subscription wants and was not published yet, the oldest first.
+
+    Its dispatcher died, or it is that of ``own`` ids: it could not publish them so far.
+    Nobody else takes what is taken for :data:`PUBLISH_SECONDS`.
+    """
+    before = {"before": tx.later(-PUBLISH_SECONDS)}
+    rows = list(tx.connection.execute(_ALONE.where(_IS_LEFT), before))
+    if own:
+        its = _ALONE.where(_IS_UNTAKEN, messages.c.id.in_(own))
+        rows += tx.connection.execute(its, before)
+    by_id = {row.id: row for row in rows}
+    if by_id:
+        _MARK.change(tx, {"ids": list(by_id), "now": tx.now})
     return [
         Delivery(0, 0, envelope_of(row), delay=log.seconds_until(tx, row.scheduled_at))
-        for row in rows
+        for row in sorted(by_id.values(), key=lambda row: (row.created_at, row.id))
     ]
 
 

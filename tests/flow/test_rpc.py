@@ -38,7 +38,7 @@ from tests.support.waiting import wait_until
 pytestmark = pytest.mark.flow
 
 CALLEE = "tests.flow.apps.callee"
-PLAIN = "tests.flow.apps.plain"
+PLAIN = "tests.flow.apps.plain_rpc"
 
 REDIS = {"QUEUE_PROVIDER": "redis"}
 

@@ -140,15 +140,38 @@ class TestHandover:
     ) -> None:
         envelope = event("unheard.of")
         append(store, envelope)
-
-        def age(tx: Any) -> None:
-            its = messages_table.c.id == envelope.id
-            old = tx.later(-backlog.PUBLISH_SECONDS - 5)
-            tx.connection.execute(update(messages_table).where(its).values(created_at=old))
-
-        store.do(age)
+        age(store, envelope)
         [found] = store.do(backlog.alone)
         assert (found.seq, found.message.id) == (0, envelope.id)
+        assert store.do(backlog.alone) == []  # who found it has it in hand
+
+    def test_what_nobody_in_the_log_wants_is_taken_by_who_could_not_publish_it(
+        self, store: Log
+    ) -> None:
+        envelopes = [event("unheard.of") for _ in range(3)]
+        for each in envelopes:
+            append(store, each)
+        own = [each.id for each in reversed(envelopes)]
+        found = store.do(lambda tx: backlog.alone(tx, own))
+        assert [each.message.id for each in found] == own[::-1]
+
+        age(store, envelopes[0])
+        assert len(store.do(backlog.alone)) == 1  # by another one, which takes it over
+        store.do(backlog.give_back, found[1:])
+        again = store.do(lambda tx: backlog.alone(tx, own))
+        assert [each.message.id for each in again] == own[1::-1]
+
+
+def age(store: Log, envelope: Envelope) -> None:
+    """Have a message be older than those who publish it have for that."""
+
+    def make_old(tx: Any) -> None:
+        its = messages_table.c.id == envelope.id
+        old = tx.later(-backlog.PUBLISH_SECONDS - 5)
+        values = {"created_at": old, "updated_at": old}
+        tx.connection.execute(update(messages_table).where(its).values(**values))
+
+    store.do(make_old)
 
 
 class TestLeasesInTheLog:

@@ -13,7 +13,15 @@ import amqp
 
 from shared.providers.rabbitmq.layout import LONGEST_NAME_BYTES, OUR_PREFIX
 from shared.tables import OWN_METADATA
-from shared.types import Delivery, Envelope, Priority, SettleAction, Settlement, Subscription
+from shared.types import (
+    Delivery,
+    Envelope,
+    Priority,
+    SettleAction,
+    Settlement,
+    Subscription,
+    check_json,
+)
 
 CONTEXT_PREFIX = "nameko."
 """What the headers begin with that hold the context of a worker, as nameko sends it."""
@@ -21,7 +29,7 @@ CONTEXT_PREFIX = "nameko."
 MOST_METADATA_BYTES = 1 << 16
 """RabbitMQ's frames have 128 KB, and a header is one frame with whatever else is in it."""
 
-_OF_A_PLACE = ("x-death", "x-first-death", "x-last-death", "CC", "BCC")
+_OF_A_PLACE = ("x-death", "x-first-death", "x-last-death", "x-delivery-count", "CC", "BCC")
 """Headers that say where a message has been, or is to go; a copy has a way of its own."""
 
 _FOR_ONE = ("deliveries", "seq", "attempts", "to", "delay-")
@@ -255,15 +263,25 @@ def _envelope(held: Held, subscription: Subscription, headers: Mapping[str, Any]
 
 def _metadata(headers: Mapping[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = parsed_object(headers.get(f"{OUR_PREFIX}metadata"))
+    # as nameko takes it: with whatever else there is; but what is no JSON cannot be stored
     context = {
         key.removeprefix(CONTEXT_PREFIX): value
         for key, value in headers.items()
-        if key.startswith(CONTEXT_PREFIX)
+        if not key.startswith((OUR_PREFIX, *_OF_A_PLACE)) and _is_json(value)
     }
     if context:
         own = made.get(OWN_METADATA, {})
         made[OWN_METADATA] = {**own, "context": {**own.get("context", {}), **context}}
     return made
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        check_json({"": value})
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError):
+        return False
+    return value is not None
 
 
 def parsed_object(text: Any) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from shared.providers.rabbitmq.messages import (
     has_short_metadata,
     numbers_of,
 )
-from shared.providers.rabbitmq.sides import Got, Hungry, Inlet, Outlet, with_shares
+from shared.providers.rabbitmq.sides import Got, Hungry, Inlet, News, Outlet, with_shares
 from shared.settings import Settings
 from shared.types import Delivery, Envelope, Lease, SettleAction, Settlement, Subscription
 
@@ -84,6 +84,8 @@ class RabbitMQProvider(QueueProvider):
         # how many each queue had left when it was last asked
         self._counts: dict[int, int] = {}
         self._order = by_priority if self.capabilities.priorities else by_arrival
+        # what shows that there is still something in hand of a queue that is to be declared anew
+        self._signs: dict[str, str] = {}
         self._turns = 0
         # whether what is ready has come, or is on its way, without being asked for
         self._is_pushed = False
@@ -101,6 +103,7 @@ class RabbitMQProvider(QueueProvider):
                 each.connection.end()
         self._inlet = self._outlet = None
         self._is_pushed = False
+        self._signs = {}
 
     def declare(self, subscriptions: Sequence[Subscription]) -> None:
         with self._translated():
@@ -181,7 +184,7 @@ class RabbitMQProvider(QueueProvider):
                 auto_delete=False,
                 arguments=self._layout.kind(),
             )
-            outlet.tell(name, True)
+            outlet.tell(News(name, is_paused=True))
             self._note_pause(name, True)
 
     def resume(self, subscription: Subscription) -> None:
@@ -189,7 +192,7 @@ class RabbitMQProvider(QueueProvider):
             inlet, outlet = self._connect()
             name = queue_name(subscription)
             inlet.scratch.queue_delete(beside(name, "paused"))
-            outlet.tell(name, False)
+            outlet.tell(News(name, is_paused=False))
             self._note_pause(name, False)
 
     def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
@@ -262,14 +265,32 @@ class RabbitMQProvider(QueueProvider):
             connection.poll()
             connection.beat()
         self._learn(self._inlet)
+        self._lower_signs(self._inlet)
 
     def _learn(self, inlet: Inlet) -> None:
-        for name, is_paused in inlet.take_news():
-            self._note_pause(name, is_paused)
+        for news in inlet.take_news():
+            self._note_pause(news.queue, news.is_paused)
+            if news.sign and inlet.has_of(news.queue):
+                self._raise_sign(inlet, news)
+            if not news.is_paused:
+                # it may have been declared anew meanwhile
+                self._declare([x for x in self._mine.values() if queue_name(x) == news.queue])
         gone = [self._mine[each] for each in inlet.take_gone() if each in self._mine]
         if gone:
             self._declare(gone)
             self._is_roused = True
+
+    def _raise_sign(self, inlet: Inlet, news: News) -> None:
+        """Show that messages of a queue are in hand, for as long as they are."""
+        its = next((x.id for x in self._mine.values() if queue_name(x) == news.queue), None)
+        # whoever asked may be gone, and with them the queue
+        if its is not None and inlet.count(news.sign) is not None:
+            inlet.anchor(its, news.sign)
+            self._signs[news.queue] = news.sign
+
+    def _lower_signs(self, inlet: Inlet) -> None:
+        for queue in [each for each in self._signs if not inlet.has_of(each)]:
+            inlet.let_go(self._signs.pop(queue))
 
     def _note_pause(self, name: str, is_paused: bool) -> None:
         for subscription in self._mine.values():
@@ -285,6 +306,9 @@ class RabbitMQProvider(QueueProvider):
 
     def _declare(self, subscriptions: Sequence[Subscription]) -> None:
         assert self._inlet is not None and self._outlet is not None  # noqa: S101, PT018 - by _connect
+        if not subscriptions:
+            return
+        self._inlet.listen()
         for subscription in subscriptions:
             self._declare_one(self._inlet, subscription)
         markers = {each.id: beside(queue_name(each), "paused") for each in subscriptions}

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import amqp
 
@@ -76,6 +76,18 @@ def with_shares(hungry: list[Hungry], total: int) -> list[Hungry]:
     for place, each in enumerate(hungry):
         each.share = min(whole + (place < rest), each.room, max(each.count, 1))
     return hungry
+
+
+class News(NamedTuple):
+    """What an instance was told: that a queue is paused, or not any longer.
+
+    :param sign: a queue that shows who still has messages of it in hand: each such
+        instance consumes there until it has none.
+    """
+
+    queue: str
+    is_paused: bool
+    sign: str = ""
 
 
 class Side:
@@ -167,13 +179,13 @@ class Outlet(Side):
         channel.wait_for_confirms(first)
         return {name for name in wanted if ("", name, "") not in channel.returned}
 
-    def tell(self, name: str, is_paused: bool) -> None:
+    def tell(self, news: News) -> None:
         """Tell all instances of a pause, or of its end."""
         self._exchange(CONTROL, "fanout")
         self.connection.refuse_if_blocked()
         first = self._channel.sent + 1
         self._channel.publish(
-            amqp.Message(json.dumps({"queue": name, "is_paused": is_paused}).encode()),
+            amqp.Message(json.dumps(news._asdict()).encode()),
             CONTROL,
             "",
             mandatory=False,
@@ -224,18 +236,25 @@ class Inlet(Side):
         self._tags = itertools.count(1)
         self._got: list[tuple[Any, ...]] = []
         self._asked_for_news = False
-        self._news: list[tuple[str, bool]] = []
+        self._news: list[News] = []
         self._gone: list[int] = []
         self._unanswered = 0
         self._channel = ConsumingChannel(connection, self)
         self._control = ""
 
     def open(self) -> None:
-        """Make it ready to consume, and to hear of pauses."""
+        """Make it ready to consume."""
         self._channel.open()
+
+    def listen(self) -> None:
+        """Hear of pauses from now on; who only dispatches has no need to."""
+        if self._control:
+            return
         self._exchange(CONTROL, "fanout")
         self._control = self.scratch.queue_declare("", exclusive=True, auto_delete=False).queue
         self.scratch.queue_bind(self._control, CONTROL)
+        self._consume(None, self._control, 0)
+        self._sync()
 
     # --- declaring and looking
 
@@ -290,7 +309,7 @@ class Inlet(Side):
         """Have pushed to us what comes, of each subscription as many as there is room for."""
         active = {x.subscription_id: x for x in self._active()}
         for subscription_id, consumer in active.items():
-            if subscription_id is not None and subscription_id not in wanted:
+            if subscription_id not in wanted:
                 self._cancel(consumer)
         for subscription_id, (queue, room) in wanted.items():
             known = active.get(subscription_id)
@@ -299,8 +318,6 @@ class Inlet(Side):
                     continue
                 self._cancel(known)
             self._consume(subscription_id, queue, room)
-        if None not in active:
-            self._consume(None, self._control, 0)
         self.connection.flush()
 
     def disarm(self) -> None:
@@ -314,6 +331,17 @@ class Inlet(Side):
         if not any(x.is_anchor and x.queue == queue for x in self._consumers.values()):
             self._consume(subscription_id, queue, 1, is_anchor=True)
             self._sync()
+
+    def let_go(self, queue: str) -> None:
+        """End what :meth:`anchor` began."""
+        for consumer in list(self._consumers.values()):
+            if consumer.is_anchor and consumer.queue == queue:
+                self._cancel(consumer)
+        self.connection.flush()
+
+    def has_of(self, queue: str) -> bool:
+        """Say whether any message of a queue is in hand."""
+        return any(held.queue == queue for held in self.held.values())
 
     def leave(self, subscription_id: int) -> None:
         """Have nothing more to do with a subscription."""
@@ -367,7 +395,11 @@ class Inlet(Side):
             self.settle([(held, SettleAction.RELEASE) for held in unwanted])
 
     def _active(self) -> list[Consumer]:
-        return [x for x in self._consumers.values() if not (x.is_anchor or x.is_cancelled)]
+        return [
+            x
+            for x in self._consumers.values()
+            if x.subscription_id is not None and not (x.is_anchor or x.is_cancelled)
+        ]
 
     def _consume(
         self, subscription_id: int | None, queue: str, window: int, is_anchor: bool = False
@@ -392,8 +424,11 @@ class Inlet(Side):
     # --- asking
 
     def ask_for_news(self) -> bool:
-        """Have the next ``get`` also ask whether anything was paused; no need if that is pushed."""
-        if not any(x.subscription_id is None for x in self._active()):
+        """Have the next ``get`` see that what was said of pauses until now has come.
+
+        No need while deliveries are pushed: then a pause may come a moment later as well.
+        """
+        if self._control and not self._active():
             self._channel.get(self._control, is_acknowledged=False)
             self._asked_for_news = True
         return self._asked_for_news
@@ -431,9 +466,11 @@ class Inlet(Side):
 
     def _hear(self, message: Any) -> None:
         said = parsed_object(text_of(message.body))
-        self._news.append((str(said.get("queue")), bool(said.get("is_paused"))))
+        self._news.append(
+            News(str(said.get("queue")), bool(said.get("is_paused")), str(said.get("sign") or ""))
+        )
 
-    def take_news(self) -> list[tuple[str, bool]]:
+    def take_news(self) -> list[News]:
         """Return which queues were paused or resumed."""
         news, self._news = self._news, []
         return news
