@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import quote
 
-from tests.support.servers import HOST, RabbitMQServer
+from shared.testing.servers import HOST, RabbitMQServer
 
 APPS = Path(__file__).parent / "apps"
 

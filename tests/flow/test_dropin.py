@@ -21,9 +21,9 @@ import shared.events
 from shared.database import database_url, make_reader
 from shared.settings import load_settings
 from shared.store import queries
+from shared.testing.servers import RabbitMQServer
 from tests.flow.plainly import Vhost, as_if_moved, as_it_is
 from tests.support.processes import Effects
-from tests.support.servers import RabbitMQServer
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow
