@@ -96,7 +96,8 @@ class Calls:
         """Start a process of the callee; return once it can be called."""
         broker = self.container.config.get("AMQP_URI")
         arguments = ("--broker", broker) if module == PLAIN else ()
-        queue = f"rpc-{module.rpartition('.')[2]}"
+        # the module bears its service's name; plain_rpc stands for the service plain
+        queue = f"rpc-{module.rpartition('.')[2].removesuffix('_rpc')}"
         before = self.consumers_of(queue)
         process = self.flow.run(module, wait=False, arguments=arguments, **env)
         wait_until(
