@@ -228,12 +228,16 @@ class Database:
 
         :raises StoreUnavailableError: when the database does not answer.
         """
+        was_kept = self._reader is not None
         try:
             if self._reader is None:
                 self._reader = make_reader(self._engine.url, self._sleep).connect()
             return query(Transaction(self._reader, self._clock))
         except SQLAlchemyError as exc:
             self._drop_reader()
+            # the server was restarted meanwhile, or ended what it took to be idle
+            if was_kept and getattr(exc, "connection_invalidated", False):
+                return self.read(query)
             raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
 
     def _drop_reader(self) -> None:

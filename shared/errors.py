@@ -13,6 +13,7 @@
     │   ├── ProviderUnavailableError
     │   │   └── ProviderBlockedError
     │   ├── UnsupportedByProviderError
+    │   ├── QueueNotFoundError     nobody knows what the name of a queue means
     │   └── LeaseLostError         a lease was taken over
     ├── HandlerTimeoutError        a handler ran longer than it may
     ├── RpcTimeoutError            a call got no reply in time
@@ -100,6 +101,10 @@ class ProviderBlockedError(ProviderUnavailableError):
 
 class UnsupportedByProviderError(ProviderError):
     """Raised when a provider says by its capabilities that it cannot do this."""
+
+
+class QueueNotFoundError(ProviderError):
+    """Raised when the name of a provider's queue does not say whose events it is for."""
 
 
 class LeaseLostError(ProviderError):

@@ -8,20 +8,14 @@ import click
 from sqlalchemy import URL, Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from shared.cli.failures import Failure, WrongArgument
+from shared.cli.rabbitmq import rabbitmq
 from shared.database import database_url, make_engine, make_reader, seconds_between, utc_now
 from shared.errors import SettingsError
 from shared.settings import Settings, check_data_dir, load_settings
 from shared.store.migrate import LOG, Migrations, all_migrations, upgrade
 from shared.store.subscriptions import SILENT_AFTER_SECONDS
 from shared.tables import subscriptions
-
-
-class _Failure(click.ClickException):
-    exit_code = 1
-
-
-class _WrongSetting(click.ClickException):
-    exit_code = 2
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,7 +30,10 @@ def main(context: click.Context) -> None:
         context.obj = load_settings()
         check_data_dir(context.obj)
     except SettingsError as exc:
-        raise _WrongSetting(str(exc)) from exc
+        raise WrongArgument(str(exc)) from exc
+
+
+main.add_command(rabbitmq)
 
 
 @main.command()
@@ -50,9 +47,9 @@ def alive(settings: Settings, service: str) -> None:
             silent = _seconds_silent(connection, service)
     except SQLAlchemyError as exc:
         said = getattr(exc, "orig", None) or exc
-        raise _Failure(f"{_shown(url)}: {said}") from exc
+        raise Failure(f"{_shown(url)}: {said}") from exc
     if silent is None or silent > SILENT_AFTER_SECONDS:
-        raise _Failure(f"nobody consumes for {service}")
+        raise Failure(f"nobody consumes for {service}")
     click.echo(f"{service}: alive")
 
 
@@ -82,7 +79,7 @@ def db_upgrade(settings: Settings) -> None:
             reached = upgrade(make_engine(url, time.sleep), migrations)
         except SQLAlchemyError as exc:
             said = getattr(exc, "orig", None) or exc
-            raise _Failure(f"{migrations.name}: {_shown(url)}: {said}") from exc
+            raise Failure(f"{migrations.name}: {_shown(url)}: {said}") from exc
         state = "up to date" if reached is None else f"upgraded to {reached}"
         click.echo(f"{migrations.name}: {state}")
 

@@ -53,7 +53,8 @@ SWEEP_SECONDS = 10.0
 """How often deliveries are looked for that were in the hands of who died."""
 
 AGAIN_SECONDS = 0.5
-"""How long after the provider refused something it is offered again."""
+"""How long after the provider refused something it is offered again; and how long what is left
+waits for others who publish what is older."""
 
 ALONE_SECONDS = 60.0
 """How often messages are looked for that no subscription wants and nobody published."""
@@ -104,6 +105,10 @@ class ApartTurn(Turn):
     started: attempts.Started = field(default_factory=attempts.Started)
     adopted: set[Any] = field(default_factory=set)
     taken: list[Delivery] = field(default_factory=list)
+    recover_in: float = 0.0
+    """Seconds until somebody may be found to have died."""
+    is_held_up: bool = False
+    """Whether what is left waits for others to publish what is older."""
     asked: list[str] = field(default_factory=list)
     """Messages that no subscription wants, of those that this pump is to publish."""
 
@@ -331,20 +336,20 @@ class ApartPump(Pump):
         full.has_sweep = self._may_sweep and now >= self._sweep_at
         if self._unbegun and now >= self._begin_at:
             full.unbegun = list(self._unbegun.values())
-        if len(self._published) >= MOST_PUBLISHED or (self._published and now >= self._publish_at):
+        is_due = len(self._published) >= MOST_PUBLISHED or now >= self._publish_at
+        # what is not noted to be published keeps others from what is newer
+        if self._published and (is_due or full.has_sweep):
             full.published = self._published
         return full
 
     def _run_what_is_fit(self, reports: Reports) -> list[Lease]:
         """Hand out what may run at once; return what has to be started in the log before."""
+        query = partial(attempts.fit, leases=reports.reserved, running=self._active.keys())
         try:
-            fit, others = self._database.read(partial(attempts.fit, leases=reports.reserved))
+            fit, others = self._database.read(query)
         except StoreUnavailableError:
             self._reports = reports
             raise
-        # a lost one that came back is sorted out by the log, too
-        others += [lease for lease in fit if lease.delivery.seq in self._active]
-        fit = [lease for lease in fit if lease.delivery.seq not in self._active]
         if fit and not self._unbegun:
             self._begin_at = monotonic() + UNBEGUN_SECONDS
         self._unbegun |= {lease.delivery.seq: lease for lease in fit}
@@ -403,8 +408,9 @@ class ApartPump(Pump):
         )
 
     def _sweep(self, tx: Transaction, turn: ApartTurn) -> None:
-        backlog.recover(tx)
+        turn.recover_in = backlog.recover(tx)
         turn.taken = backlog.take(tx)
+        turn.is_held_up = not turn.taken and backlog.waits(tx)
         is_time = bool(self._alone) or monotonic() >= self._alone_at
         if self._provider.capabilities.fans_out and is_time:
             turn.asked = list(self._alone)[: backlog.MOST_AT_ONCE]
@@ -439,15 +445,23 @@ class ApartPump(Pump):
         elif turn.new:
             self._note_alone(turn.new)
         if turn.has_sweep:
-            self._sweep_at = monotonic() + SWEEP_SECONDS
-            for each in turn.asked:
-                self._alone.pop(each, None)
-            self._is_sweeping = bool(turn.taken)
-            if turn.taken:
-                self._tell(Publish(turn.taken, is_backlog=True))
-            self._has_backlog = bool(turn.taken or self._alone)
-            if self._has_backlog:
-                self._sweep_at = 0.0
+            self._relay(turn)
+
+    def _relay(self, turn: ApartTurn) -> None:
+        for each in turn.asked:
+            self._alone.pop(each, None)
+        self._is_sweeping = bool(turn.taken)
+        if turn.taken:
+            self._tell(Publish(turn.taken, is_backlog=True))
+        self._has_backlog = bool(turn.taken or self._alone or turn.is_held_up)
+        if turn.taken or self._alone:
+            self._sweep_at = 0.0
+        elif turn.is_held_up:
+            self._sweep_at = monotonic() + AGAIN_SECONDS
+        else:
+            # so often that each lease is seen before it runs out, and then when it does
+            longest = min(SWEEP_SECONDS, self._settings.lease / 3)
+            self._sweep_at = monotonic() + min(max(turn.recover_in, AGAIN_SECONDS), longest)
 
     def _settle(self, turn: ApartTurn) -> None:
         """Tell the provider how attempts ended; a refused one comes again, for the log to say."""

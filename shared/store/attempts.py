@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import takewhile
 from typing import Any
 
 from sqlalchemy import (
@@ -265,23 +266,33 @@ def _postponed(lease: Lease, seconds: float) -> Settlement:
     )
 
 
-def fit(tx: Transaction, leases: Sequence[Lease]) -> tuple[list[Lease], list[Lease]]:
+def fit(
+    tx: Transaction, leases: Sequence[Lease], running: Collection[int]
+) -> tuple[list[Lease], list[Lease]]:
     """Part leases into those that may run at once, and those to be started in the log first.
 
     The first time that a delivery is handed out the log need not know before it has
     taken a while; it has to be asked, since meanwhile it may have been discarded, or
-    handled by copy.
+    handled by copy. What comes after one that has to be started waits with it, so that
+    all are handed out in order.
+
+    :param running: what the worker has in hand already.
     """
-    first = [lease for lease in leases if lease.token < FIRST and not lease.redelivered]
-    first = [lease for lease in first if lease.delivery.seq and not lease.delivery.attempts]
+    first = list(takewhile(_is_first, leases))
     states = _states(tx, first) if first else {}
     good: dict[int, Lease] = {}
     for lease in first:
         state = states.get(lease.delivery.seq)
-        if state is not None and _is_fresh(state) and state.seq not in good:
-            good[state.seq] = replace(lease, token=lease.token or state.lease_token + 1)
-    keys = {lease.key for lease in good.values()}
-    return list(good.values()), [lease for lease in leases if lease.key not in keys]
+        if state is None or not _is_fresh(state) or state.seq in good or state.seq in running:
+            break
+        good[state.seq] = replace(lease, token=lease.token or state.lease_token + 1)
+    return list(good.values()), list(leases[len(good) :])
+
+
+def _is_first(lease: Lease) -> bool:
+    """Whether the provider handed it out for the first time, as far as it knows."""
+    is_new = lease.token < FIRST and not lease.redelivered
+    return is_new and bool(lease.delivery.seq) and not lease.delivery.attempts
 
 
 def _is_fresh(state: Any) -> bool:

@@ -8,11 +8,13 @@ tables uses both columns itself, and needs none of this.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
-from sqlalchemy import Integer, bindparam, exists, or_, select, true, update
+from sqlalchemy import Integer, bindparam, exists, func, or_, select, true, update
 
 from shared.database import Transaction
 from shared.lifecycle import WAITING, DeliveryStatus, MessageStatus
@@ -31,6 +33,10 @@ from shared.types import Delivery, Envelope
 
 PUBLISH_SECONDS = 30.0
 """How long deliveries may be on their way to the provider before others publish them, too."""
+
+FRESH_SECONDS = 12.0
+"""How long others wait with what is newer than what somebody took to publish it: longer than a
+provider waits for an answer of its server."""
 
 MOST_AT_ONCE = 500
 """Deliveries taken at once of each subscription."""
@@ -56,6 +62,11 @@ _EXPIRED = Prepared(
     .where(c.subscription_id.in_(_IDS), c.lease_expires_at <= _NOW)
     .limit(MOST_AT_ONCE)
 )
+_NEXT_EXPIRY = Prepared(
+    select(func.min(c.lease_expires_at).label("at")).where(
+        c.subscription_id.in_(_IDS), c.lease_expires_at > _NOW
+    )
+)
 _WITH_READY = Prepared(
     select(*SUBSCRIPTION_COLUMNS).where(
         exists().where(c.subscription_id == subscriptions.c.id, c.ready == true())
@@ -66,6 +77,11 @@ _NEXT = Prepared(
     .where(c.subscription_id == bindparam("id"), c.ready == true())
     .order_by(c.priority_rank, c.seq)
     .limit(_LIMIT)
+)
+_OLDEST_IN_HAND = Prepared(
+    select(c.subscription_id, func.min(c.seq).label("seq"))
+    .where(c.subscription_id.in_(_IDS), c.lease_expires_at > bindparam("since"), _IS_WAITING)
+    .group_by(c.subscription_id)
 )
 _ALL_OF = Prepared(
     select(
@@ -132,10 +148,15 @@ def _parted(deliveries: Sequence[Delivery]) -> tuple[list[int], list[str]]:
     return [x.seq for x in deliveries if x.seq], [x.message.id for x in deliveries if not x.seq]
 
 
-def recover(tx: Transaction) -> None:
-    """Make ready what was in the hands of who died: to be published, or handled."""
+def recover(tx: Transaction) -> float:
+    """Make ready what was in the hands of who died: to be published, or handled.
+
+    :returns: seconds until the next time that somebody may be found to have died.
+    """
     ids = [row.id for row in _SUBSCRIPTIONS.fetch(tx, {})]
-    rows = _EXPIRED.fetch(tx, {"ids": ids, "now": tx.now}) if ids else []
+    if not ids:
+        return math.inf
+    rows = _EXPIRED.fetch(tx, {"ids": ids, "now": tx.now})
     by_status: dict[bool, list[int]] = defaultdict(list)
     for row in rows:
         by_status[row.status == DeliveryStatus.PROCESSING].append(row.seq)
@@ -143,24 +164,31 @@ def recover(tx: Transaction) -> None:
         _GIVE_BACK.change(tx, {"seqs": by_status[False]})
     if by_status[True]:
         attempts.lose(tx, by_status[True])
+    [soonest] = _NEXT_EXPIRY.fetch(tx, {"ids": ids, "now": tx.now})
+    return math.inf if soonest.at is None else log.seconds_until(tx, soonest.at)
 
 
 def take(tx: Transaction) -> list[Delivery]:
     """Take what is ready into one's hands, the oldest first; it is to be published next.
 
     A message of which nothing was ever handed out goes to whoever listens, as a new one
-    does, and all others to their subscriptions alone.
+    does, and all others to their subscriptions alone. What is newer than what another
+    process is about to publish is left for the next time.
     """
     subscribed = {row.id: subscription_of(row) for row in _WITH_READY.fetch(tx, {})}
-    ids = {
-        row.message_id
-        for subscription_id in subscribed
-        for row in _NEXT.fetch(tx, {"id": subscription_id, "limit": MOST_AT_ONCE})
+    wanted = {
+        each: [row.message_id for row in _NEXT.fetch(tx, {"id": each, "limit": MOST_AT_ONCE})]
+        for each in subscribed
     }
+    ids = {message_id for its in wanted.values() for message_id in its}
     if not ids:
         return []
     rows = _ALL_OF.fetch(tx, {"ids": list(ids)})
+    ids -= _out_of_turn(tx, wanted, rows)
+    rows = [row for row in rows if row.message_id in ids]
     ready = [row for row in rows if row.ready and row.subscription_id in subscribed]
+    if not ready:
+        return []
     touched = {row.message_id for row in rows if not row.ready or row.lease_token or row.attempts}
     until = tx.later(PUBLISH_SECONDS)
     _TAKE.change(tx, {"seqs": [row.seq for row in ready], "until": until})
@@ -177,6 +205,29 @@ def take(tx: Transaction) -> list[Delivery]:
         )
         for row in ready
     ]
+
+
+def _out_of_turn(
+    tx: Transaction, wanted: Mapping[int, Sequence[str]], rows: Sequence[Any]
+) -> set[str]:
+    """Return the messages that come after one that another process has in hand."""
+    ready = {(row.subscription_id, row.message_id): row.seq for row in rows if row.ready}
+    since = tx.later(PUBLISH_SECONDS - FRESH_SECONDS)
+    oldest = _OLDEST_IN_HAND.fetch(tx, {"ids": list(wanted), "since": since})
+    in_hand = {row.subscription_id: row.seq for row in oldest}
+    late: set[str] = set()
+    for subscription_id, ids in wanted.items():
+        # what another takes at this moment is locked, and missing here
+        ours = list(takewhile(lambda key: key in ready, [(subscription_id, x) for x in ids]))
+        first = min((ready[key] for key in ours), default=0)
+        is_late = in_hand.get(subscription_id, first) < first
+        late.update(ids if is_late else ids[len(ours) :])
+    return late
+
+
+def waits(tx: Transaction) -> bool:
+    """Say whether anything is left to be taken."""
+    return bool(_WITH_READY.fetch(tx, {}))
 
 
 def alone(tx: Transaction, own: Collection[str] = ()) -> list[Delivery]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, bindparam, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from shared.database import Transaction
@@ -109,6 +109,13 @@ def retire_forgotten(tx: Transaction) -> list[Subscription]:
     if gone:
         retire(tx, [subscription.id for subscription in gone])
     return gone
+
+
+def active(connection: Connection) -> list[Subscription]:
+    """Return all subscriptions that get events."""
+    found = select(*SUBSCRIPTION_COLUMNS).where(subscriptions.c.retired_at.is_(None))
+    ordered = found.order_by(subscriptions.c.source, subscriptions.c.id)
+    return [subscription_of(row) for row in connection.execute(ordered)]
 
 
 def _discard_open(tx: Transaction, subscription_ids: Sequence[int]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,16 @@ class Flow:
             lambda: f"{status}: {self.message(message_id)}",
         )
         return self.message(message_id)
+
+    def wait_for_counts(self, timeout: float = 60, **counts: int) -> None:
+        """Wait until so many messages have these statuses."""
+
+        def are_there() -> bool:
+            # to count many takes the database time that the flow needs
+            time.sleep(0.1)
+            return counts.items() <= self.stats().items()
+
+        wait_until(are_there, timeout, lambda: f"{counts}: {self.stats()}")
 
     def close(self) -> None:
         # how a process stops is tested where it is asked to; here it is in nobody's way

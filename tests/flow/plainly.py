@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import quote
 
+import amqp
+
 from shared.testing.servers import HOST, RabbitMQServer
 
 APPS = Path(__file__).parent / "apps"
@@ -54,7 +56,10 @@ class Vhost:
     def queues(self, *facts: str) -> dict[str, dict[str, Any]]:
         """Return the queues by their names."""
         columns = ["name", "durable", "auto_delete", "exclusive", "arguments", *facts]
-        return {each["name"]: each for each in self._list("list_queues", *columns)}
+        found = {each["name"]: each for each in self._list("list_queues", *columns)}
+        for each in found.values():
+            each["arguments"] = {name: value for name, _, value in each["arguments"]}
+        return found
 
     def exchanges(self) -> dict[str, dict[str, Any]]:
         """Return the exchanges by their names, but for RabbitMQ's own."""
@@ -80,6 +85,14 @@ class Vhost:
         """Give a channel of somebody else's."""
         with self.server.connect(virtual_host=self.name) as connection:
             yield connection.channel()
+
+    def is_consumed(self, queue: str) -> bool:
+        """Say whether anybody consumes from a queue."""
+        try:
+            with self.channel() as channel:
+                return bool(channel.queue_declare(queue, passive=True).consumer_count)
+        except amqp.NotFound:
+            return False
 
     def count(self, queue: str) -> int:
         """Return how many messages of a queue are ready."""

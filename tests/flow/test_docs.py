@@ -23,6 +23,7 @@ from shared.database import database_url, make_reader
 from shared.events import EventDispatcher
 from shared.store import queries
 from shared.testing.servers import free_port
+from tests.flow.plainly import Vhost
 from tests.support.documents import blocks
 from tests.support.processes import ROOT
 from tests.support.waiting import wait_until
@@ -137,7 +138,9 @@ class Reader:
         """Start services; return what they printed until all are ready, or one refused."""
         process = Running(command, self.folder / f"process-{len(self.processes)}.log", self)
         self.processes.append(process)
-        services = re.sub(r"--config \S+", "", command.partition("nameko run ")[2]).split()
+        services = re.sub(
+            r"--(?:config|broker) \S+", "", command.partition("nameko run ")[2]
+        ).split()
         expected = {
             r"queue ready": sum(map(self.services_in, services)),
             # until then Ctrl-C would meet a start, which it ends with a traceback
@@ -474,6 +477,71 @@ class TestRpc:
         tests = "test_tea.py -q -c /dev/null --rootdir . -p no:cacheprovider"
         done = reader.run(f".venv/bin/python -m pytest {tests} -p no:nameko_sqlalchemy")
         assert "1 passed" in done
+
+
+class TestMoving:
+    BROKER = "amqp://guest:guest@127.0.0.1:5672/"
+    QUEUE = "evt-shop-item.sold--stock.take"
+
+    @pytest.fixture
+    def commands(self, reader, rabbitmq_server):
+        """The commands of the document, by what they are about, and a broker of one's own."""
+        self.vhost = Vhost(rabbitmq_server)
+        reader.addresses[self.BROKER] = self.vhost.uri
+        document = "docs/moving-from-nameko.md"
+        its = [c for b in blocks(document) if b.language == "bash" for c in b.commands]
+        plain_shop, plain_stock, stock, dry_run, upgrade, downgrade = its
+        assert "--dry-run" in dry_run
+        reader.save_files(document)
+        yield {"shop": plain_shop, "plain": plain_stock, "ours": stock, "dry": dry_run,
+               "up": upgrade, "down": downgrade}  # fmt: skip
+        reader.stop()
+
+    def start(self, reader, command):
+        """Start what may be plain nameko, which does not say when it is ready."""
+        log = reader.folder / f"process-{len(reader.processes)}.log"
+        reader.processes.append(Running(reader.localised(command), log, reader))
+        return reader.processes[-1]
+
+    def test_one_service_over_and_back(self, reader, commands):
+        self.start(reader, commands["shop"])
+        plain = self.start(reader, commands["plain"])
+        plain.wait_for("took tea")
+        assert plain.stop() == 0
+
+        self.change_import(reader, "nameko", "shared")
+        reader.start(reader.localised(commands["ours"]))
+        ours = reader.processes[-1]
+        ours.wait_for("took tea\ntook tea")
+        assert f"{self.QUEUE}: declared before" in ours.text
+        assert "to be upgraded" in reader.run(reader.localised(commands["dry"]))
+        said = reader.run(reader.localised(commands["up"]))
+        assert self.rows(said) == self.rows(self.shown())
+        assert "is upgraded already" in reader.run(reader.localised(commands["up"]))
+        self.wait_for_more(ours)
+        assert ours.stop() == 0
+
+        assert "downgraded" in reader.run(reader.localised(commands["down"]))
+        self.change_import(reader, "shared", "nameko")
+        self.start(reader, commands["plain"]).wait_for("took tea\ntook tea")
+
+    def change_import(self, reader, before, after):
+        file = reader.folder / "stock.py"
+        text = file.read_text()
+        assert text.count(f"from {before}.events") == 1
+        file.write_text(text.replace(f"from {before}.events", f"from {after}.events"))
+
+    def wait_for_more(self, process):
+        count = process.text.count("took tea")
+        wait_until(lambda: process.text.count("took tea") > count, SECONDS, lambda: process.text)
+
+    def shown(self):
+        document = blocks("docs/moving-from-nameko.md")
+        return next(block.text for block in document if block.language == "text")
+
+    def rows(self, said):
+        """The rows of a table, but for how many messages waited."""
+        return [re.split(r"\s\s+\d*", line.strip()) for line in said.splitlines()]
 
 
 class TestContracts:

@@ -103,6 +103,30 @@ class TestHandover:
         store.do(backlog.give_back, made)
         assert [each.seq for each in take(store)] == [made[0].seq]
 
+    def test_what_is_newer_than_what_another_publishes_is_left(
+        self, store: Log, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(backlog, "MOST_AT_ONCE", 2)
+        store.subscribe()
+        made = [each for _ in range(4) for each in append(store, event(), handover=OPEN)]
+        first = take(store)
+        assert take(store) == []
+        assert store.do(backlog.waits)
+        store.do(backlog.published, first)
+        assert [each.seq for each in first + take(store)] == [each.seq for each in made]
+        assert not store.do(backlog.waits)
+
+    def test_who_takes_long_to_publish_holds_up_nobody(
+        self, store: Log, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(backlog, "MOST_AT_ONCE", 2)
+        store.subscribe()
+        made = [each for _ in range(4) for each in append(store, event(), handover=OPEN)]
+        monkeypatch.setattr(backlog, "PUBLISH_SECONDS", 10.0)
+        take(store)
+        monkeypatch.setattr(backlog, "PUBLISH_SECONDS", 30.0)
+        assert [each.seq for each in take(store)] == [each.seq for each in made[2:]]
+
     def test_whoever_died_with_it_in_hand_is_replaced(self, store: Log) -> None:
         store.subscribe()
         [made] = append(store, event())

@@ -41,6 +41,7 @@ from shared.types import (
     SettleAction,
     Subscription,
 )
+from tests.support.monitoring import FAILED_MESSAGES, PERFORMANCE, QUEUE_STATISTICS
 from tests.support.waiting import wait_until
 from tests.unit.message_log import (
     BOOM,
@@ -244,41 +245,6 @@ CREATE TABLE seed_messages (
 );
 """
 """``queue_messages`` as the system had it that this one succeeds, but for the name."""
-
-QUEUE_STATISTICS = """
-SELECT
-    queue_name,
-    status,
-    COUNT(*) as count,
-    AVG(TIMESTAMPDIFF(SECOND, created_at, processed_at)) as avg_processing_time
-FROM queue_messages
-WHERE created_at >= DATE_SUB(NOW(), INTERVAL 1 HOUR)
-GROUP BY queue_name, status;
-"""
-
-FAILED_MESSAGES = """
-SELECT
-    id,
-    queue_name,
-    message_type,
-    error_message,
-    retry_count,
-    created_at
-FROM queue_messages
-WHERE status = 'failed'
-ORDER BY created_at DESC;
-"""
-
-PERFORMANCE = """
-SELECT
-    message_type,
-    AVG(TIMESTAMPDIFF(SECOND, created_at, processed_at)) as avg_time,
-    MAX(TIMESTAMPDIFF(SECOND, created_at, processed_at)) as max_time,
-    COUNT(*) as total_messages
-FROM queue_messages
-WHERE status = 'completed'
-GROUP BY message_type;
-"""
 
 
 class TestSeedTable:
