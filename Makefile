@@ -9,7 +9,7 @@ LOCK := requirements-dev.lock
 DONE := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test check format docs lock clean
+.PHONY: help setup demo run test test-flow test-others check format docs lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,8 +23,19 @@ demo: $(DONE) ## Sign 30 people up, and show what became of each event
 run: $(DONE) ## Start the four services, and leave them running
 	@$(BIN)/python -m services.demo run $(ARGS)
 
-test: $(DONE) ## Run the tests; ARGS='-k company' goes to pytest
+# Most tests wait for other processes, so two halves at once take little longer than one.
+test: $(DONE) ## Run the tests, in two halves at once; ARGS='-k company' runs those
+ifeq ($(ARGS),)
+	@$(MAKE) --no-print-directory --keep-going -j2 test-flow test-others
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
+
+test-flow: $(DONE)
+	@$(BIN)/python -m pytest tests/flow
+
+test-others: $(DONE)
+	@$(BIN)/python -m pytest --ignore tests/flow
 
 check: $(DONE) ## Check format, style, types, and which way imports run
 	$(BIN)/ruff format --check .

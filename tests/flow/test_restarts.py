@@ -29,8 +29,11 @@ A_CALL = 50
 
 SECONDS = 120
 
-SLOWEST_DISPATCH_SECONDS = 0.25
-"""At p99, on a machine whose processors others use as well; alone it takes a few milliseconds."""
+DEATHS = 6
+
+SLOWEST_DISPATCH_SECONDS = 1.0
+"""At p99, on a machine whose processors others use as well; alone it takes a few milliseconds.
+Who waited for the broker would take several seconds."""
 
 KINDS = {
     # each write is on the disk before it is answered: with everysec, one that a running fsync
@@ -131,9 +134,9 @@ class Health:
 
 
 def restarts(stream, health, server):
-    """Have a server end and start again three times within a stream."""
-    for number, end in enumerate((kill, stop, kill), start=1):
-        stream.wait_for(EVENTS // 5 * number)
+    """Have a server end and start again twice within a stream."""
+    for number, end in enumerate((kill, stop), start=1):
+        stream.wait_for(EVENTS // 4 * number)
         end(server)
         health.wait_for(503)
         server.start()
@@ -149,7 +152,7 @@ def test_all_is_delivered_when_the_broker_is_restarted(flow_on, mariadb_log, bro
     restarts(stream, health, broker)
 
     stream.check(type(broker).__name__)
-    assert worker.output().count("provider is reachable again") == 3
+    assert worker.output().count("provider is reachable again") == 2
 
 
 def test_all_is_delivered_when_the_database_is_restarted(mariadb_flow, broker):
@@ -171,25 +174,25 @@ def test_a_broker_that_is_away_holds_up_no_dispatch(flow_on, mariadb_log, broker
     worker = flow.run(TALLY, arguments=("--config", "config.yml"), MAX_WORKERS="1")
     flow.send("unit.sent", {"n": 0})
 
-    times = {"up": dispatched(flow, range(1, 500))}
-    flow.wait_for_counts(completed=500)
+    times = {"up": dispatched(flow, range(1, 200))}
+    flow.wait_for_counts(completed=200)
     broker.kill()
-    times["down"] = dispatched(flow, range(500, 1000))
+    times["down"] = dispatched(flow, range(200, 400))
     broker.start()
-    flow.wait_for_counts(completed=1000)
+    flow.wait_for_counts(completed=400)
     os.kill(broker.process.pid, signal.SIGSTOP)
-    times["frozen"] = dispatched(flow, range(1000, 1500))
+    times["frozen"] = dispatched(flow, range(400, 600))
     wait_until(lambda: worker.output().count("provider unreachable") == 2, 60, worker.output)
-    times["frozen"] += dispatched(flow, range(1500, 2000))
+    times["frozen"] += dispatched(flow, range(600, 800))
     os.kill(broker.process.pid, signal.SIGCONT)
-    flow.wait_for_counts(completed=2000)
+    flow.wait_for_counts(completed=800)
 
     slowest = {state: quantiles(its, n=100)[-1] for state, its in times.items()}
     shown = ", ".join(f"{state} {1000 * p99:.1f} ms" for state, p99 in slowest.items())
     print(f"dispatch at p99, {type(broker).__name__}: {shown}")
     assert max(slowest.values()) < SLOWEST_DISPATCH_SECONDS
     numbers = list(dict.fromkeys(effect["n"] for effect in flow.effects.all(what="ran")))
-    assert numbers == list(range(2000))
+    assert numbers == list(range(800))
 
 
 def dispatched(flow, numbers):
@@ -224,7 +227,7 @@ def test_what_a_dead_process_stored_is_relayed_by_another(flow_on, mariadb_log, 
     flow.run("tests.flow.apps.hasty")
     provider = {RedisServer: "OnRedis", RabbitMQServer: "OnRabbitMQ"}[type(broker)]
 
-    for number in range(20):
+    for number in range(DEATHS):
         dying = flow.run(
             "tests.flow.apps.dying",
             wait=False,
@@ -235,4 +238,4 @@ def test_what_a_dead_process_stored_is_relayed_by_another(flow_on, mariadb_log, 
 
     # what the last one had in hand is free 2 s later, and looked for each 0.5 s
     wait_until(lambda: flow.stats()["completed"] == flow.stats()["total"], 5, "the relay")
-    assert {effect["n"] for effect in flow.effects.all(what="ran")} == set(range(20))
+    assert {effect["n"] for effect in flow.effects.all(what="ran")} == set(range(DEATHS))

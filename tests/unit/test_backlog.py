@@ -198,6 +198,25 @@ def age(store: Log, envelope: Envelope) -> None:
     store.do(make_old)
 
 
+class TestFit:
+    def test_nothing_overtakes_what_has_to_be_started_first(self, store: Log) -> None:
+        """Given five of which the third was given back before, and is handed out again."""
+        store.subscribe()
+        leases = [copy(each) for each in append(store, *[event() for _ in range(5)])]
+        leases[2] = copy(leases[2].delivery, redelivered=True)
+
+        fit, others = store.do(attempts.fit, leases, ())
+
+        assert [lease.key for lease in fit] == [lease.key for lease in leases[:2]]
+        assert others == leases[2:]
+
+    def test_what_runs_already_is_for_the_log_to_sort_out(
+        self, store: Log, delivery: Delivery
+    ) -> None:
+        lease = copy(delivery)
+        assert store.do(attempts.fit, [lease], {delivery.seq}) == ([], [lease])
+
+
 class TestLeasesInTheLog:
     def test_begin_with_a_token_of_the_log(self, store: Log, delivery: Delivery) -> None:
         [lease] = start(store, copy(delivery)).run
