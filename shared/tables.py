@@ -54,6 +54,12 @@ class JsonText(UserDefinedType[str]):
         return "JSON"
 
 
+@compiles(JsonText, "sqlite")
+def _text_column(_element: JsonText, _compiler: Any, **_: Any) -> str:
+    # to SQLite JSON is a kind of number: it would keep 5 and 1e400 as such, and give them back so
+    return "TEXT"
+
+
 @compiles(JsonText, "mysql", "mariadb")
 def _json_column(_element: JsonText, compiler: Any, **_: Any) -> str:
     # MariaDB's JSON is this and a check, which refuses what nests deeper than 32 levels

@@ -463,6 +463,15 @@ class TestAppend:
         store.append(sent)
         assert store.message(sent.id).payload == sent.body
 
+    @pytest.mark.parametrize(
+        "body", ["5", "-0.0", "1.50", "1e400", "12345678901234567890", '"5"', "true", "null"]
+    )
+    def test_stores_a_payload_as_it_is_written(self, store: Log, body: str) -> None:
+        store.subscribe()
+        sent = event(body=body)
+        store.append(sent)
+        assert store.message(sent.id).payload == body
+
     def test_of_many_is_all_or_nothing(self, store: Log) -> None:
         store.subscribe()
         good, twice = event(), event()
