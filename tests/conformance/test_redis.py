@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from shared.errors import ProviderError, ProviderUnavailableError
+from shared.errors import ProviderBlockedError, ProviderError, ProviderUnavailableError
 from shared.native import Signal
 from shared.providers.redis import RedisProvider, listener, servers
 from shared.providers.redis.provider import SETTLED_MOST, SETTLED_MS
@@ -348,13 +348,27 @@ class TestTrouble:
         servers.driver.cache_clear()
 
     def test_read_only_replica(self, redis_server: RedisServer, new_provider: NewProvider) -> None:
-        with started("--replicaof", HOST, str(redis_server.port), auth=redis_server) as replica:
-            provider = new_provider(replica.environment, PLACED)
+        with (
+            started("--replicaof", HOST, str(redis_server.port), auth=redis_server) as replica,
+            pytest.raises(ProviderError, match="read-only replica"),
+        ):
+            new_provider(replica.environment, PLACED)
+
+    def test_primary_that_became_a_replica(self, new_provider: NewProvider) -> None:
+        """Given a provider, when its Redis takes no more writes, then it is not healthy."""
+        with started() as server, server.client() as client:
+            provider = new_provider(server.environment, PLACED)
+            assert provider.health_check()
+            client.execute_command("REPLICAOF", HOST, "1")
+            assert not provider.health_check()
             with pytest.raises(ProviderError, match="read-only replica"):
                 provider.reserve({PLACED.id: 1}, 1)
             with pytest.raises(ProviderError, match="read-only replica"):
-                provider.publish(make_deliveries(1))
-            assert provider.get_queue_stats([]) == []
+                provider.initialize()
+            client.execute_command("REPLICAOF", "NO", "ONE")
+            provider.initialize()
+            assert provider.health_check()
+            assert client.keys() == []
 
     def test_out_of_memory(self, new_provider: NewProvider) -> None:
         """Given a Redis without room, when it is full, then it says so, and can be emptied."""
@@ -362,6 +376,11 @@ class TestTrouble:
             provider = new_provider(server.environment, PLACED)
             sent = fill(provider)
             assert 0 < sent < 1000
+            # so far there may be room for what is small
+            with server.client() as client:
+                client.config_set("maxmemory", "1mb")
+                assert not provider.health_check()
+                client.config_set("maxmemory", "8mb")
             leases = provider.reserve({PLACED.id: 10}, 10)
             assert provider.extend(leases) == []
             provider.settle([ended(lease, "release") for lease in leases])
@@ -483,7 +502,7 @@ class TestSentinel:
 def fill(provider: RedisProvider) -> int:
     """Publish until Redis has no more room; return how many it took."""
     sent = 0
-    with pytest.raises(ProviderError, match="out of memory"):  # noqa: PT012 - which one, is open
+    with pytest.raises(ProviderBlockedError, match="out of memory"):  # noqa: PT012 - which one, is open
         for sent in range(0, 1000, 10):
             provider.publish(make_deliveries(10, first=sent + 1, body="x" * 20_000))
     return sent

@@ -135,9 +135,10 @@ class RedisProvider(Connected, QueueProvider):
     def health_check(self) -> bool:
         # a cluster may have lost some of its nodes: those that matter are asked
         queues = {subscription.queue for subscription in self._mine.values()} or {""}
-        keys = [self._keys.deliveries(queue) for queue in queues]
+        keys = [self._keys.health(queue) for queue in queues]
         try:
-            self._run([Command(key, ("EXISTS", key)) for key in keys])
+            # writes nothing, and yet is refused by who is full or takes no writes
+            self._run([Command(key, ("SETRANGE", key, 0, "")) for key in keys])
         except ProviderError:
             return False
         return True

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
-from shared.errors import ProviderError, ProviderUnavailableError
+from shared.errors import ProviderBlockedError, ProviderError, ProviderUnavailableError
 from shared.providers.redis.wire import Command
 from shared.settings import Settings
 
@@ -48,7 +48,7 @@ def driver() -> Any:
 
 @contextlib.contextmanager
 def translated(settings: Settings, lose: Callable[[], None]) -> Iterator[None]:
-    """Turn redis-py's errors into ours; after any of them, call ``lose``."""
+    """Turn redis-py's errors into ours; after any that ends the connection, call ``lose``."""
     exceptions = driver().exceptions
     try:
         yield
@@ -56,8 +56,9 @@ def translated(settings: Settings, lose: Callable[[], None]) -> Iterator[None]:
         lose()
         raise
     except (exceptions.RedisError, OSError) as exc:
-        lose()
         kind, said = _meaning(exc)
+        if kind is not ProviderBlockedError:
+            lose()
         raise kind(f"Redis at {Target.of(settings)}: {said}") from exc
 
 
@@ -69,7 +70,7 @@ def _meaning(exc: Exception) -> tuple[type[ProviderError], str]:
         (known.AuthenticationError, ProviderError, "user or password refused"),
         (known.NoPermissionError, ProviderError, "the user may not do this"),
         (known.BusyLoadingError, ProviderUnavailableError, "it still loads its data"),
-        (known.OutOfMemoryError, ProviderError, "it is out of memory (maxmemory)"),
+        (known.OutOfMemoryError, ProviderBlockedError, "it is out of memory (maxmemory)"),
         (known.ReadOnlyError, ProviderError, "it is a read-only replica, not the primary"),
         (known.MasterDownError, ProviderUnavailableError, "it has lost its primary"),
         (known.ClusterDownError, ProviderUnavailableError, "the cluster is down"),
@@ -357,13 +358,15 @@ def _ask_strictly(connection: Any, commands: Sequence[tuple[Any, ...]]) -> list[
 
 
 def see_that_it_keeps_keys(server: Server) -> None:
-    """Refuse a Redis that throws away whatever it likes when it is full."""
+    """Refuse a Redis that takes no writes, or throws away whatever it likes when it is full."""
     try:
-        texts = server.ask_everywhere([("INFO", "memory")])
+        texts = server.ask_everywhere([("INFO", "memory"), ("INFO", "replication")])
     except driver().exceptions.NoPermissionError:
         return
     for text in texts:
         info = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        if info.get("role") == "slave" and info.get("slave_read_only") == "1":
+            raise driver().exceptions.ReadOnlyError("it takes no writes")
         policy = info.get("maxmemory_policy", "")
         if info.get("maxmemory") != "0" and policy.startswith("allkeys-"):
             raise ProviderError(

@@ -37,6 +37,10 @@ class Keys:
     def deliveries(self, queue: str) -> str:
         return self._key(queue, "deliveries")
 
+    def health(self, queue: str) -> str:
+        """Return the name of a key that there never is."""
+        return self._key(queue, "health")
+
     def paused(self, queue: str) -> str:
         return self._key(queue, "paused")
 
