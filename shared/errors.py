@@ -12,6 +12,7 @@
     ├── ProviderError              a provider could not do what was asked
     │   ├── ProviderUnavailableError
     │   │   └── ProviderBlockedError
+    │   ├── ProviderRefusedError   it took all but some
     │   ├── UnsupportedByProviderError
     │   ├── QueueNotFoundError     nobody knows what the name of a queue means
     │   └── LeaseLostError         a lease was taken over
@@ -97,6 +98,19 @@ class ProviderUnavailableError(ProviderError):
 
 class ProviderBlockedError(ProviderUnavailableError):
     """Raised when a provider takes nothing more for the time being, and works otherwise."""
+
+
+class ProviderRefusedError(ProviderError):
+    """Raised when a provider took all but some of what it was to publish, and works otherwise.
+
+    :param refused: what it did not take, or not all of it: it may be published again later.
+    :param homeless: of what it took, that which no queue got.
+    """
+
+    def __init__(self, reason: str, refused: list[Any], homeless: list[Any]) -> None:
+        self.refused = refused
+        self.homeless = homeless
+        super().__init__(reason)
 
 
 class UnsupportedByProviderError(ProviderError):

@@ -35,6 +35,7 @@ from shared.events.commands import (
     Noticed,
     Publish,
     Published,
+    Refused,
     Reserved,
     Settle,
     StopConsuming,
@@ -154,6 +155,7 @@ class ApartPump(Pump):
         self._handlers: dict[type, Callable[[Any], None]] = {
             Published: self._take_published,
             Unpublished: self._take_unpublished,
+            Refused: self._take_refused,
             Reserved: self._take_reserved,
             Up: self._take_up,
             Down: self._take_down,
@@ -255,6 +257,12 @@ class ApartPump(Pump):
         self._note_alone(report.deliveries)
         self._has_backlog = True
         self._sweep_at = monotonic() + AGAIN_SECONDS
+
+    def _take_refused(self, _report: Refused) -> None:
+        """Leave them in hand: they are published again when that is over, and no sooner.
+
+        Each time, other queues may get a further copy.
+        """
 
     def _take_reserved(self, report: Reserved) -> None:
         self._reports.reserved += report.leases

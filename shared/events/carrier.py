@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
 
-from shared.errors import ProviderBlockedError, ProviderError
+from shared.errors import ProviderBlockedError, ProviderError, ProviderRefusedError
 from shared.events.commands import (
     Check,
     Crashed,
@@ -27,6 +27,7 @@ from shared.events.commands import (
     Noticed,
     Publish,
     Published,
+    Refused,
     Reserved,
     Settle,
     StopConsuming,
@@ -53,6 +54,9 @@ AHEAD = 4
 
 SHORT_SECONDS = 0.05
 """How long those may take that were reserved ahead, until all of them are handled."""
+
+REFUSED_SECONDS = 30.0
+"""How often it is said that the provider refuses something: perhaps it refuses all there is."""
 
 IDLE_SECONDS = 60.0
 """How long it waits at most without anything to do."""
@@ -92,6 +96,7 @@ class Carrier:
         self._connected = False
         self._was_down = False
         self._is_blocked = False
+        self._say_refused_at = 0.0
         self._connect_at = 0.0
         self._renew_at = 0.0
         self._may_have_more = False
@@ -242,10 +247,21 @@ class Carrier:
         except ProviderBlockedError as exc:
             self._put_off(exc)
             return
+        except ProviderRefusedError as exc:
+            new, homeless = self._taken(new, exc), exc.homeless
         self._is_blocked = False
         self._report(Published(new, homeless, _has_backlog(self._unpublished)))
         self._unpublished = []
         self._provider.published(new)
+
+    def _taken(self, new: list[Delivery], exc: ProviderRefusedError) -> list[Delivery]:
+        """Report what was refused; return the others."""
+        if monotonic() >= self._say_refused_at:
+            self._say_refused_at = monotonic() + REFUSED_SECONDS
+            self._report(Noticed(str(exc)))
+        self._report(Refused(exc.refused, str(exc)))
+        refused = {id(each) for each in exc.refused}
+        return [each for each in new if id(each) not in refused]
 
     def _put_off(self, exc: ProviderBlockedError) -> None:
         """Leave what is to be published to the log; consuming goes on meanwhile."""

@@ -130,6 +130,14 @@ class Published:
 
 
 @dataclass(slots=True)
+class Refused:
+    """The provider does not take these, as far as can be told: they are tried again later."""
+
+    deliveries: list[Delivery]
+    reason: str
+
+
+@dataclass(slots=True)
 class Unpublished:
     """The provider may not have these."""
 

@@ -29,6 +29,7 @@ from shared.events.commands import (
     Noticed,
     Publish,
     Published,
+    Refused,
     Reserved,
     Settle,
     StopConsuming,
@@ -89,6 +90,7 @@ class UnloggedPump:
             Declared: self._take_declared,
             Published: self._take_published,
             Unpublished: self._take_unpublished,
+            Refused: self._take_refused,
             Reserved: self._take_reserved,
             Up: self._take_up,
             Down: self._take_down,
@@ -160,8 +162,14 @@ class UnloggedPump:
                 self._mailbox.answer(pending.promise.resolve, None)
 
     def _take_unpublished(self, report: Unpublished) -> None:
-        for delivery in report.deliveries:
-            error = DispatchError(f"the broker does not have it for sure: {self._reason}")
+        self._reject(report.deliveries, self._reason)
+
+    def _take_refused(self, report: Refused) -> None:
+        self._reject(report.deliveries, report.reason)
+
+    def _reject(self, deliveries: list[Delivery], reason: str) -> None:
+        for delivery in deliveries:
+            error = DispatchError(f"the broker does not have it for sure: {reason}")
             self._mailbox.answer(self._pending.pop(id(delivery)).promise.reject, error)
 
     def _take_reserved(self, report: Reserved) -> None:

@@ -20,7 +20,7 @@ from nameko.containers import ServiceContainer
 from nameko.events import BROADCAST, SINGLETON, event_handler
 from nameko.standalone.events import event_dispatcher
 
-from shared.errors import ProviderError, ProviderUnavailableError
+from shared.errors import ProviderError, ProviderRefusedError, ProviderUnavailableError
 from shared.native import Signal
 from shared.providers.rabbitmq import RabbitMQProvider, driver
 from shared.providers.rabbitmq.layout import (
@@ -436,6 +436,41 @@ class TestMessages:
         returned = provider.publish([lost[0], *found, unwanted, lost[1], *direct])
         assert sorted(seqs(returned)) == [0, 10, 11, 20]
         assert seqs(reserve(provider)) == seqs(found)
+
+    def test_that_a_full_queue_refuses_are_told_apart(
+        self, provider: RabbitMQProvider, channel: Any
+    ) -> None:
+        """Given somebody's queue that refuses what is beyond two, when more is published, then
+        it is said which ones were refused, and ours has all of them."""
+        full = {"x-max-length": 2, "x-overflow": "reject-publish"}
+        name = channel.queue_declare("", exclusive=True, arguments=full).queue
+        channel.queue_bind(name, f"{SOURCE}.events", "placed")
+        deliveries = make_deliveries(5)
+
+        with pytest.raises(ProviderRefusedError, match="refused 3 messages") as caught:
+            provider.publish(deliveries)
+
+        assert caught.value.refused == deliveries[2:]
+        assert caught.value.homeless == []
+        assert count(channel, queue_name(PLACED)) == 5
+
+    def test_that_are_too_large_hold_nobody_up(self, new_provider: NewProvider) -> None:
+        """Given a RabbitMQ that ends the channel of who sends it something large, when that
+        happened, then it is not sent again, and what is small is."""
+        server = RabbitMQServer("max_message_size = 1000")
+        with contextlib.closing(server):
+            server.start()
+            provider = new_provider(server.environment, PLACED)
+            [large] = make_deliveries(1, body=f'"{"x" * 1000}"')
+            [small] = make_deliveries(1, first=2)
+            with pytest.raises(ProviderError, match="larger than"):
+                provider.publish([large, small])
+
+            with pytest.raises(ProviderRefusedError, match="no more than 1000 bytes") as caught:
+                provider.publish([large, small])
+
+            assert caught.value.refused == [large]
+            assert seqs(reserve(provider)) == [2]
 
     def test_by_the_thousand_are_confirmed_together(self, provider: RabbitMQProvider) -> None:
         sent = make_deliveries(5000, body=json.dumps("x" * 300))

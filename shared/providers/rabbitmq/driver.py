@@ -9,6 +9,7 @@ import os
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from struct import unpack_from
 from time import monotonic
 from typing import Any, Protocol
@@ -82,7 +83,7 @@ class ConfirmingChannel(Channel):
 
     def __init__(self, connection: Connection) -> None:
         self.sent = 0
-        self.nacked = 0
+        self.nacked: set[int] = set()
         self.returned: set[tuple[str, str, str]] = set()
         # in their order, by the number that RabbitMQ gives them
         self._unconfirmed: dict[int, None] = {}
@@ -121,16 +122,15 @@ class ConfirmingChannel(Channel):
         self._confirmed(number, is_multiple)
 
     def _on_nacked(self, number: int, is_multiple: bool) -> None:
-        self.nacked += self._confirmed(number, is_multiple)
+        self.nacked.update(self._confirmed(number, is_multiple))
 
-    def _confirmed(self, number: int, is_multiple: bool) -> int:
-        before = len(self._unconfirmed)
+    def _confirmed(self, number: int, is_multiple: bool) -> list[int]:
+        numbers = [number]
         if is_multiple:
-            while self._unconfirmed and (oldest := next(iter(self._unconfirmed))) <= number:
-                del self._unconfirmed[oldest]
-        else:
-            self._unconfirmed.pop(number, None)
-        return before - len(self._unconfirmed)
+            numbers = list(takewhile(lambda each: each <= number, self._unconfirmed))
+        for each in numbers:
+            self._unconfirmed.pop(each, None)
+        return numbers
 
     def _on_returned(self, *answer: Any) -> None:
         _, _, exchange, routing_key, message = answer

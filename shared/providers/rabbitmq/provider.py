@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +13,12 @@ from typing import Any
 
 import amqp
 
-from shared.errors import ProviderBlockedError, ProviderError, UnsupportedByProviderError
+from shared.errors import (
+    ProviderBlockedError,
+    ProviderError,
+    ProviderRefusedError,
+    UnsupportedByProviderError,
+)
 from shared.native import select as wait_ready
 from shared.providers.base import Capabilities, QueueProvider, SubscriptionStats
 from shared.providers.rabbitmq.driver import (
@@ -45,7 +52,7 @@ from shared.providers.rabbitmq.messages import (
     has_short_metadata,
     numbers_of,
 )
-from shared.providers.rabbitmq.sides import Got, Hungry, Inlet, News, Outlet, with_shares
+from shared.providers.rabbitmq.sides import FullError, Got, Hungry, Inlet, News, Outlet, with_shares
 from shared.settings import Settings
 from shared.types import Delivery, Envelope, Lease, SettleAction, Settlement, Subscription
 
@@ -79,6 +86,8 @@ class RabbitMQProvider(QueueProvider):
         self._paused: set[int] = set()
         # declared by plain nameko, without what we want of a queue
         self._plain: set[int] = set()
+        # what RabbitMQ takes at most, once it has refused something larger
+        self._most_bytes: float = math.inf
         # how many more of each subscription the last reserve had room for
         self._rooms: dict[int, int] = {}
         # how many each queue had left when it was last asked
@@ -117,9 +126,23 @@ class RabbitMQProvider(QueueProvider):
         with self._translated():
             _, outlet = self._connect()
             publications = self._publications(deliveries)
-            self._prepare(outlet, publications)
-            unrouted = outlet.send(publications)
-        return [delivery for each in unrouted for delivery in each.deliveries]
+            small = [each for each in publications if len(each.message.body) <= self._most_bytes]
+            large = [each for each in publications if len(each.message.body) > self._most_bytes]
+            self._prepare(outlet, small)
+            try:
+                unrouted = outlet.send(small)
+            except FullError as exc:
+                homeless = _deliveries_of(exc.unrouted)
+                raise ProviderRefusedError(
+                    str(exc), _deliveries_of([*exc.refused, *large]), homeless
+                ) from exc
+            except amqp.PreconditionFailed as exc:
+                self._learn_most_bytes(exc)
+                raise
+        if large:
+            said = f"RabbitMQ takes no more than {self._most_bytes} bytes: {len(large)} messages"
+            raise ProviderRefusedError(said, _deliveries_of(large), _deliveries_of(unrouted))
+        return _deliveries_of(unrouted)
 
     def published(self, deliveries: Sequence[Delivery]) -> None:
         """Do nothing: RabbitMQ pushes to who consumes."""
@@ -359,6 +382,12 @@ class RabbitMQProvider(QueueProvider):
             publication.number()
         return list(made.values())
 
+    def _learn_most_bytes(self, exc: amqp.PreconditionFailed) -> None:
+        """Remember what RabbitMQ takes at most: whatever is larger would end each connection."""
+        found = re.search(r"is larger than (?:configured )?max size (\d+)", str(exc))
+        if found is not None:
+            self._most_bytes = int(found[1])
+
     def _to_all(self, delivery: Delivery) -> Publication:
         message = delivery.message
         exchange = exchange_name(self.settings.source_of(message.queue))
@@ -562,3 +591,7 @@ class RabbitMQProvider(QueueProvider):
         waiting = (inlet.count(name) or 0) + count_of(inlet.pushed, subscription.id)
         dead = inlet.count(beside(name, "dead")) or 0
         return SubscriptionStats(subscription.subscriber, waiting, None, None, dead)
+
+
+def _deliveries_of(publications: Sequence[Publication]) -> list[Delivery]:
+    return [delivery for each in publications for delivery in each.deliveries]

@@ -90,6 +90,15 @@ class News(NamedTuple):
     sign: str = ""
 
 
+class FullError(ProviderError):
+    """Raised when a queue of these publications took no more; others may have got them."""
+
+    def __init__(self, refused: list[Publication], unrouted: list[Publication]) -> None:
+        self.refused = refused
+        self.unrouted = unrouted
+        super().__init__(f"RabbitMQ refused {len(refused)} messages: a queue is full")
+
+
 class Side:
     """One of the two connections, with what was declared by it."""
 
@@ -148,21 +157,24 @@ class Outlet(Side):
         """Publish; return those that no queue got, once RabbitMQ has all of the others.
 
         :raises Blocked: when RabbitMQ takes none for the time being.
-        :raises ProviderError: when it refused one.
+        :raises FullError: when it refused some; it has all others.
         """
         self.connection.refuse_if_blocked()
         channel, first = self._channel, self._channel.sent + 1
         channel.returned.clear()
-        channel.nacked = 0
+        channel.nacked.clear()
         for start in range(0, len(publications), MOST_AT_ONCE):
             for each in publications[start : start + MOST_AT_ONCE]:
                 channel.publish(each.message, each.exchange, each.routing_key, mandatory=True)
             self.connection.flush()
             self.connection.poll()
         channel.wait_for_confirms(first)
+        unrouted = [each for each in publications if each.key in channel.returned]
         if channel.nacked:
-            raise ProviderError(f"RabbitMQ refused {channel.nacked} messages: a queue is full")
-        return [each for each in publications if each.key in channel.returned]
+            raise FullError(
+                [publications[each - first] for each in sorted(channel.nacked)], unrouted
+            )
+        return unrouted
 
     def find(self, names: Iterable[str]) -> set[str]:
         """Return which of these queues are there.
