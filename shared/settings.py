@@ -234,7 +234,12 @@ def _mail_from(value: Any) -> str:
 
 _REDIS_HOST = r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?"
 _REDIS_HOSTS = rf"{_REDIS_HOST}(?:,{_REDIS_HOST})*"
-_REDIS_OPTION = r"(?:ssl|sentinel)_\w+=[^&\s]*"
+# what else redis-py knows of TLS needs certificates or code beside it
+_REDIS_OPTION = (
+    r"(?:(?:ssl_(?:ca_certs|ca_path|certfile|keyfile|password|ciphers)"
+    r"|sentinel_(?:username|password))=[^&\s]+"
+    r"|ssl_cert_reqs=(?:none|optional|required)|ssl_check_hostname=(?:yes|no|true|false))"
+)
 _REDIS_URL = re.compile(
     r"rediss?(?:"
     rf"://(?:[^@/\s]*@)?{_REDIS_HOST}(?:/\d*)?"
@@ -242,11 +247,14 @@ _REDIS_URL = re.compile(
     rf"|\+cluster://(?:[^@/\s]*@)?{_REDIS_HOSTS}/?"
     rf")(?:\?{_REDIS_OPTION}(?:&{_REDIS_OPTION})*)?"
 )
+_TLS_IN_VAIN = re.compile(r"redis[:+].*[?&]ssl_|rediss?(?!\+sentinel).*[?&]sentinel_")
+"""Options of what the scheme says is not used."""
 
 
 def _redis_url(value: Any) -> str:
     text = _text(value)
-    hosts = urlsplit(text).netloc.rpartition("@")[2] if _REDIS_URL.fullmatch(text) else ":0"
+    fits = _REDIS_URL.fullmatch(text) and not _TLS_IN_VAIN.match(text)
+    hosts = urlsplit(text).netloc.rpartition("@")[2] if fits else ":0"
     ports = re.findall(r":(\d+)(?:,|$)", hosts)
     if text and not all(0 < int(port) <= 65535 for port in ports):
         raise EnvError(

@@ -189,7 +189,9 @@ class QueueClient(SharedExtension):
         with eventlet.Timeout(START_SECONDS, False):
             ready.wait()
             return
-        _log.warning("the message log does not answer yet; work begins when it does")
+        _log.warning(
+            "the message log or its provider does not answer yet; work begins when it does"
+        )
 
     def _say_ready(self) -> None:
         database = database_url(self.settings).render_as_string(hide_password=True)

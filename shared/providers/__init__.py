@@ -1,6 +1,7 @@
 """Providers move deliveries; the settings name one. None is guessed from what is installed."""
 
 from importlib import import_module
+from inspect import isabstract
 
 from shared.errors import SettingsError
 from shared.providers.base import Capabilities, QueueProvider, SubscriptionStats
@@ -43,6 +44,9 @@ def check_provider(settings: Settings) -> None:
     :raises SettingsError: when not.
     """
     kind = provider_class(settings)
+    if isabstract(kind):
+        lack = ", ".join(sorted(kind.__abstractmethods__))
+        raise SettingsError(f"QUEUE_PROVIDER: {settings.provider} must have the methods {lack}")
     if not settings.log and not kind(settings).capabilities.fans_out:
         raise SettingsError(
             f"QUEUE_LOG: must be on where QUEUE_PROVIDER is {settings.provider}, which does not "

@@ -87,10 +87,20 @@ def test_a_data_folder_that_cannot_be_written_ends_the_start(tmp_path, folder):
     assert line.startswith("Error: QUEUE_DATA_DIR: must be a folder that can be written")
 
 
-def test_a_provider_that_is_none_ends_the_start(tmp_path):
-    env = {"QUEUE_DATA_DIR": str(tmp_path / "var"), "QUEUE_PROVIDER": "os:path"}
+@pytest.mark.parametrize(
+    ("provider", "said"),
+    [
+        ("os:path", "os:path must be a QueueProvider"),
+        (
+            "tests.flow.apps.unfinished:Unfinished",
+            "tests.flow.apps.unfinished:Unfinished must have the methods close, settle",
+        ),
+    ],
+)
+def test_a_provider_that_is_none_ends_the_start(tmp_path, provider, said):
+    env = {"QUEUE_DATA_DIR": str(tmp_path / "var"), "QUEUE_PROVIDER": provider}
     process = NamekoProcess(RECORDER, env=env, log=tmp_path / "process.log")
 
     assert process.process.wait(20) == 2
     (line,) = process.output().strip().splitlines()
-    assert line == "Error: QUEUE_PROVIDER: os:path must be a QueueProvider"
+    assert line == f"Error: QUEUE_PROVIDER: {said}"
