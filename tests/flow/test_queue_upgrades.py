@@ -297,9 +297,10 @@ class TestOurWorkers:
             return {each["n"] for each in fleet.effects.all(handler="first", what="done")}
 
         wait_until(lambda: len(done()) == sent, 60, lambda: str(set(range(sent)) - done()))
-        # the log knows what came twice
         wait_until(lambda: fleet.stats()["completed"] == sent, SECONDS, lambda: str(fleet.stats()))
-        assert len(fleet.effects.all(handler="first", what="done")) == sent
+        # what came while both queues were bound may have two copies, begun at once by two workers
+        twice = len(fleet.effects.all(handler="first", what="done")) - sent
+        assert 0 <= twice <= sent // 100
         assert "x-max-priority" in vhost.queues()[FIRST]["arguments"]
         assert recorder.process.poll() is other.process.poll() is None
         # dead letters have their place now
