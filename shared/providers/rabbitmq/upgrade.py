@@ -2,8 +2,9 @@
 
 RabbitMQ changes no arguments of a queue that is there. So what it has goes into a queue
 beside it, it is deleted and declared anew, and all goes back. New events go to the one
-that is bound meanwhile; each is bound before the other is unbound. What is half done is
-seen by the queue beside, and done to its end by whoever comes next.
+that is bound meanwhile; each is bound before the other is unbound, and what came to both
+is told by its number and kept once. What is half done is seen by the queue beside, and
+done to its end by whoever comes next.
 
 While that lasts, our own instances have the subscription paused, and it is waited for
 what they have in hand.
@@ -12,7 +13,7 @@ what they have in hand.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from time import monotonic
@@ -79,6 +80,9 @@ _LOCK = "nameko.redeclaration"
 _SIGN = {"x-expires": 600_000}
 
 _OF_A_PLACE = ("CC", "BCC")
+
+_Key = tuple[str, Any]
+"""The id of a message, and how often it was tried."""
 
 
 class Kind(StrEnum):
@@ -174,7 +178,8 @@ class Redeclaration:
 
     def _confirm(self, subscription: Subscription, name: str, waiting: int) -> Report:
         if not self._is_dry:
-            self._bind_all(subscription, name)
+            self._declare_places(subscription, name)
+            self._bind_alone(subscription, name)
             self._end_pause(name)
         return Report(name, waiting, f"is {self._verb} already")
 
@@ -242,20 +247,29 @@ class Redeclaration:
 
     def _refill(self, subscription: Subscription, name: str) -> int:
         """Have all back from the queue beside, and that deleted; return how many it were."""
-        rest = beside(name, "moving")
+        rest, arriving = beside(name, "moving"), beside(name, "arriving")
         self._declare(name, self._arguments(subscription, self._wanted))
         self._declare_places(subscription, name)
         memory = _Memory()
+        if self._count(arriving) is not None:
+            self._learn(arriving, memory)
         moved = self._move(rest, name, memory)
-        self._bind(name, subscription, name)
+        self._bind_witnessed(subscription, name)
         self._unbind(rest, subscription, name)
         sleep(ROUTED_SECONDS)
         for _ in range(MOST_TRIES):
+            self._learn(arriving, memory)
             moved += self._move(rest, name, memory)
             with contextlib.suppress(amqp.PreconditionFailed):
                 self._outlet.scratch.queue_delete(rest, if_empty=True)
+                self._bind_alone(subscription, name)
                 return moved
         raise ProviderError(f"{rest}: does not get empty")
+
+    def _learn(self, arriving: str, memory: _Memory) -> None:
+        """Have it remembered what arrived by itself; in hand, it comes again after a crash."""
+        while taken := self._reader.take(arriving, MOST_AT_ONCE):
+            memory.add(each.message for each in taken)
 
     def _move(self, source: str, target: str, memory: _Memory | None = None) -> int:
         """Move all that a queue has, in its order; return how many messages it were."""
@@ -374,10 +388,6 @@ class Redeclaration:
             name, durable=True, auto_delete=False, arguments=arguments
         )
 
-    def _bind_all(self, subscription: Subscription, name: str) -> None:
-        self._declare_places(subscription, name)
-        self._bind(name, subscription, name)
-
     def _declare_places(self, subscription: Subscription, name: str) -> None:
         self._outlet.declare_exchange(exchange_name(subscription.source))
         self._outlet.declare_due()
@@ -391,6 +401,30 @@ class Redeclaration:
             queue, exchange_name(subscription.source), routing_key=subscription.event_type
         )
         scratch.queue_bind(queue, DUE_QUEUES, routing_key=name)
+
+    def _bind_witnessed(self, subscription: Subscription, name: str) -> None:
+        """Have what is new come to a queue, and to a second one, which shows what that is.
+
+        By an exchange before both: RabbitMQ routes a message to both or to neither.
+        """
+        scratch, arriving = self._outlet.scratch, beside(name, "arriving")
+        scratch.exchange_declare(arriving, "fanout", durable=True, auto_delete=False)
+        self._declare(arriving, {})
+        for queue in (arriving, name):
+            scratch.queue_bind(queue, arriving)
+        source = exchange_name(subscription.source)
+        scratch.exchange_bind(arriving, source, routing_key=subscription.event_type)
+        scratch.exchange_bind(arriving, DUE_QUEUES, routing_key=name)
+
+    def _bind_alone(self, subscription: Subscription, name: str) -> None:
+        """Have what is new come to a queue and nowhere else; by both ways at once, it comes once.
+
+        https://www.rabbitmq.com/docs/e2e: a queue gets one copy, by however many bindings.
+        """
+        self._bind(name, subscription, name)
+        arriving = beside(name, "arriving")
+        self._outlet.scratch.exchange_delete(arriving)
+        self._outlet.scratch.queue_delete(arriving)
 
     def _unbind(self, queue: str, subscription: Subscription, name: str) -> None:
         scratch = self._outlet.scratch
@@ -466,20 +500,33 @@ class _Memory:
     """The messages of ours that passed last: what a crash or two bindings made double."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, Any], None] = {}
+        self._seen: dict[_Key, None] = {}
+        self._arrived: set[_Key] = set()
+
+    def add(self, messages: Iterable[Any]) -> None:
+        """Remember messages for as long as this lives."""
+        self._arrived.update(key for each in messages if (key := _key_of(each)))
 
     def is_new(self, message: Any) -> bool:
-        headers = message.properties.get("application_headers") or {}
-        message_id = message.properties.get("message_id")
-        if not message_id or f"{OUR_PREFIX}name" not in headers:
+        """Say whether a message was not there before, and remember it for a while."""
+        key = _key_of(message)
+        if key is None:
             return True
-        key = str(message_id), headers.get(f"{OUR_PREFIX}attempts")
-        if key in self._seen:
+        if key in self._arrived or key in self._seen:
             return False
         self._seen[key] = None
         if len(self._seen) > MOST_REMEMBERED:
             del self._seen[next(iter(self._seen))]
         return True
+
+
+def _key_of(message: Any) -> _Key | None:
+    """Return what tells a message of ours from others; plain ones have nothing that does."""
+    headers = message.properties.get("application_headers") or {}
+    message_id = message.properties.get("message_id")
+    if not message_id or f"{OUR_PREFIX}name" not in headers:
+        return None
+    return str(message_id), headers.get(f"{OUR_PREFIX}attempts")
 
 
 def _copied(message: Any) -> Any:

@@ -103,7 +103,7 @@ def found_in(subscription):
     arguments = wanted if sys.argv[1] == "upgrade" else {}
     name = upgrade.queue_name(subscription)
     its.queue_declare(name, durable=True, auto_delete=False, arguments=arguments)
-    for what in ("moving", "busy", "paused"):
+    for what in ("moving", "arriving", "busy", "paused"):
         try:
             its.queue_declare(upgrade.beside(name, what), passive=True)
         except amqp.NotFound:
