@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,13 +103,13 @@ class Flow:
 
     def wait_for_counts(self, timeout: float = 60, **counts: int) -> None:
         """Wait until so many messages have these statuses."""
-
-        def are_there() -> bool:
+        wait_until(
+            lambda: counts.items() <= self.stats().items(),
+            timeout,
+            lambda: f"{counts}: {self.stats()}",
             # to count many takes the database time that the flow needs
-            time.sleep(0.1)
-            return counts.items() <= self.stats().items()
-
-        wait_until(are_there, timeout, lambda: f"{counts}: {self.stats()}")
+            every=0.1,
+        )
 
     def close(self) -> None:
         # how a process stops is tested where it is asked to; here it is in nobody's way

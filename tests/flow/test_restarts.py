@@ -105,7 +105,7 @@ class Stream:
     def check(self, what):
         """See that all were delivered, and print how many were more than once."""
         self._thread.wait()
-        wait_until(self._is_completed, SECONDS, lambda: str(self.flow.stats()))
+        wait_until(self._is_completed, SECONDS, lambda: str(self.flow.stats()), every=0.1)
         runs = Counter(effect["id"] for effect in self.flow.effects.all(what="ran"))
         assert self.sent.keys() <= runs.keys() <= self.sent.keys() | self.uncertain
         stats = self.flow.stats()
@@ -113,7 +113,6 @@ class Stream:
         print(f"{what}: {len(runs)} events, {runs.total() - len(runs)} runs more than that")
 
     def _is_completed(self):
-        eventlet.sleep(0.1)
         stats = self.flow.stats()
         return stats["completed"] == stats["total"] >= EVENTS
 

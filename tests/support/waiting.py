@@ -7,12 +7,18 @@ from collections.abc import Callable
 
 
 def wait_until(
-    condition: Callable[[], object], timeout: float, message: str | Callable[[], str]
+    condition: Callable[[], object],
+    timeout: float,
+    message: str | Callable[[], str],
+    every: float = 0.01,
 ) -> None:
-    """Wait until ``condition()`` is true; fail after ``timeout`` seconds with ``message``."""
+    """Wait until ``condition()`` is true; fail after ``timeout`` seconds with ``message``.
+
+    :param every: seconds between two looks: more where a look takes time from what is waited for.
+    """
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
             said = message() if callable(message) else message
             raise AssertionError(f"waited {timeout} s in vain for: {said}")
-        time.sleep(0.01)
+        time.sleep(every)

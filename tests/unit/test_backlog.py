@@ -210,6 +210,17 @@ class TestFit:
         assert [lease.key for lease in fit] == [lease.key for lease in leases[:2]]
         assert others == leases[2:]
 
+    def test_nor_does_it_where_the_log_knows_better(self, store: Log) -> None:
+        """Given five of which another worker handles the third already, by another copy."""
+        store.subscribe()
+        leases = [copy(each) for each in append(store, *[event() for _ in range(5)])]
+        start(store, copy(leases[2].delivery), worker="host:2")
+
+        fit, others = store.do(attempts.fit, leases, ())
+
+        assert [lease.key for lease in fit] == [lease.key for lease in leases[:2]]
+        assert others == leases[2:]
+
     def test_what_runs_already_is_for_the_log_to_sort_out(
         self, store: Log, delivery: Delivery
     ) -> None:

@@ -351,6 +351,17 @@ def age(store: Log, delivery: Delivery, *, created: float, processed: float | No
 # --- dispatch
 
 
+class TestRead:
+    def test_goes_on_when_the_server_ended_its_connection(self, on_mariadb: Log) -> None:
+        def number_of_connection(tx: Any) -> int:
+            return int(tx.connection.scalar(text("SELECT CONNECTION_ID()")))
+
+        ended = on_mariadb.database.read(number_of_connection)
+        assert on_mariadb.server is not None
+        on_mariadb.server.execute(f"KILL {ended}")
+        assert on_mariadb.database.read(number_of_connection) != ended
+
+
 class TestAppend:
     def test_stores_a_message_and_a_delivery_for_each_subscription(self, store: Log) -> None:
         ours, theirs = store.subscribe(), store.subscribe(subscriber="other.note")
