@@ -70,9 +70,10 @@ class Inbox:
     def send(self, command: Any) -> None:
         """Give the thread a command."""
         self._commands.append(command)
-        # who put the one before it has rung, and it is not taken yet
-        if len(self._commands) <= 1:
-            self._signal.ring()
+        # who put the first one rings for all that come before it is taken
+        with contextlib.suppress(IndexError):  # it is taken already
+            if self._commands[0] is command:
+                self._signal.ring()
 
     def send_quietly(self, command: Any) -> None:
         """Give the thread a command that it need not wake up for."""

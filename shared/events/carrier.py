@@ -99,7 +99,6 @@ class Carrier:
         self._say_refused_at = 0.0
         self._connect_at = 0.0
         self._renew_at = 0.0
-        self._may_have_more = False
         self._finishing = False
         self.is_gathering = False
         """Whether it waits for more to publish, and not for long: nobody need wake it."""
@@ -139,7 +138,7 @@ class Carrier:
             self.is_gathering = True
             self.inbox.wait(self._publish_at - monotonic())
             self.is_gathering = False
-        elif not self._may_have_more:
+        elif not self._unpublished:  # else the time to gather is over since the last turn
             # from now on whoever frees a worker has to wake this thread
             self.is_full = self._room() <= 0
             if self.inbox.has_quiet():
@@ -168,7 +167,6 @@ class Carrier:
     # --- one turn
 
     def _turn(self) -> None:
-        self._may_have_more = False
         for command in self.inbox.take():
             self._obey[type(command)](command)
         if self._connected or monotonic() >= self._connect_at:
