@@ -223,6 +223,9 @@ class ApartPump(Pump):
         for outcome in new:
             self._unbegun.pop(outcome.lease.delivery.seq, None)
         self._known = 0
+        if turn.outcomes and self._may_wait(turn):
+            self._unsaved, self._known = turn.outcomes, len(turn.outcomes)
+            turn.outcomes = []
         return turn, calls
 
     def _free(self, ended: list[Outcome]) -> None:
@@ -337,9 +340,6 @@ class ApartPump(Pump):
     def _filled(self, turn: Turn, reports: Reports) -> ApartTurn:
         """Return the turn with all that it is time for."""
         now = monotonic()
-        if turn.outcomes and self._may_wait(turn):
-            self._unsaved, self._known = turn.outcomes, len(turn.outcomes)
-            turn.outcomes = []
         full = ApartTurn(turn.appends, turn.outcomes, reports=reports)
         full.has_sweep = self._may_sweep and now >= self._sweep_at
         if self._unbegun and now >= self._begin_at:

@@ -293,7 +293,7 @@ class Pump(ABC):
             self._say(logging.ERROR, "log or provider unreachable: %s", exc)
         self._connected = self._is_registered = False
         self._trouble = str(exc)
-        self._unsaved = turn.outcomes
+        self._unsaved += turn.outcomes
         for append in turn.appends:
             error = DispatchError(f"nothing was stored: {exc}")
             self._mailbox.answer(append.promise.reject, error)
@@ -302,7 +302,7 @@ class Pump(ABC):
 
     def _resolve_uncertain(self, turn: Turn, exc: CommitUncertainError) -> None:
         """Find out whether a COMMIT took place, by the ids that the client made."""
-        self._unsaved = turn.outcomes
+        self._unsaved += turn.outcomes
         ids = [envelope.id for append in turn.appends for envelope in append.envelopes]
         stored = self._stored(ids) if ids else set()
         for append in turn.appends:
@@ -352,7 +352,7 @@ class Pump(ABC):
         """End subscriptions that live only as long as this instance."""
 
     def _die(self, turn: Turn) -> None:
-        self._unsaved = turn.outcomes
+        self._unsaved += turn.outcomes
         self._end()
         self._close()
         os.write(2, b"grace time over: what still ran was handed back\n")

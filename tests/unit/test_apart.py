@@ -1,0 +1,93 @@
+"""The pump beside a broker alone: what becomes of outcomes when the log cannot store them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from shared.errors import StoreUnavailableError
+from shared.events.apart import ApartPump
+from shared.events.commands import Published
+from shared.native import Mailbox
+from shared.providers import Capabilities
+from shared.settings import load_settings
+from shared.store import attempts, backlog, log
+from shared.store.log import Handover
+from shared.types import Lease, Outcome
+from tests.unit.message_log import COMPLETED, Log, event
+
+HANDED = Handover(backlog.PUBLISH_SECONDS)
+
+
+@pytest.fixture
+def pump(store: Log) -> Iterator[ApartPump]:
+    provider = Mock(capabilities=Capabilities())
+    made = ApartPump(load_settings(store.config), provider, Mailbox(), Mock(), Mock(), Mock())
+    made._connect()
+    yield made
+    made._database.close()
+    made._mailbox.close()
+
+
+def completed(store: Log) -> list[Outcome]:
+    """Return how the attempts of two deliveries ended, of which the log knows nothing so far."""
+    deliveries = store.do(log.append, [event(), event()], 3, handover=HANDED)
+    store.do(backlog.published, deliveries)
+    fit, _ = store.do(attempts.fit, [Lease(each, 1) for each in deliveries], ())
+    return [Outcome(lease, COMPLETED) for lease in fit]
+
+
+def statuses(store: Log, outcomes: list[Outcome]) -> list[str]:
+    return [store.delivery(each.lease.delivery.seq).status for each in outcomes]
+
+
+def send(pump: ApartPump, *commands: Any) -> None:
+    for command in commands:
+        pump._mailbox.inbox.send(command)
+
+
+class TestOutcomes:
+    def test_that_gather_outlast_a_turn_that_fails(
+        self, store: Log, pump: ApartPump, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Given a database that goes away while something else is stored."""
+        store.subscribe()
+        outcomes = completed(store)
+        [other] = store.do(log.append, [event()], 3, handover=HANDED)
+        with monkeypatch.context() as patch:
+            patch.setattr(pump._database, "run", Mock(side_effect=StoreUnavailableError("away")))
+            send(pump, Published([other], [], False))
+            pump._turn()
+            pump._publish_at = 0.0
+            send(pump, *outcomes)
+            pump._turn()
+        assert statuses(store, outcomes) == ["pending", "pending"]
+
+        pump._store_at = 0.0
+        pump._turn()
+
+        assert statuses(store, outcomes) == ["completed", "completed"]
+
+    def test_that_are_stored_singly_are_stored_all(
+        self, store: Log, pump: ApartPump, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Given a database that takes them one by one alone, and time for more to gather."""
+        store.subscribe()
+        outcomes = completed(store)
+        run = pump._database.run
+
+        def run_one(step: Any, **options: Any) -> Any:
+            if len(step.args[0].outcomes) > 1:
+                raise ValueError("too many")
+            return run(step, **options)
+
+        monkeypatch.setattr(pump._database, "run", run_one)
+        send(pump, *outcomes)
+        turn, _ = pump._take()
+        turn.outcomes, pump._unsaved = turn.outcomes or pump._unsaved, []
+        pump._do_together_or_singly(turn)
+
+        assert statuses(store, outcomes) == ["completed", "completed"]
