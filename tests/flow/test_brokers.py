@@ -8,7 +8,7 @@ import pytest
 from shared.testing.servers import RabbitMQServer
 from tests.flow.conftest import BACKENDS, Flow
 from tests.support.monitoring import FAILED_MESSAGES, PERFORMANCE, QUEUE_STATISTICS
-from tests.support.waiting import wait_until
+from tests.support.waiting import PROMPTLY, wait_until
 
 pytestmark = pytest.mark.flow
 
@@ -190,10 +190,12 @@ def test_delays_on_rabbitmq_are_kept_and_hold_up_nothing(flow_on, mariadb_log, r
     print(f"while {WAITING} wait: at once after {late[50]:.3f} s, at p99 {p99:.3f} s; ", end="")
     print(f"1 s after {min(seconds):.2f} to {max(seconds):.2f} s, ", end="")
     print(f"20 s after {min(long_ones):.2f} to {max(long_ones):.2f} s")
-    # far less than any of those that wait, on a machine whose processors others use as well
-    assert p99 < 1
-    assert all(1 <= each <= 1.5 for each in seconds)
-    assert all(20 <= each <= 20 * 1.02 for each in long_ones)
+    # far less than any of those that wait
+    assert p99 < PROMPTLY
+    # what is due is at its place in time, and then as late as what never had to wait
+    slowest = late[-1]
+    assert all(1 <= each <= 1.5 + slowest for each in seconds)
+    assert all(20 <= each <= 20 * 1.02 + slowest for each in long_ones)
 
 
 def send_each(flow, name, count, delay=None, is_awaited=False, **payload):

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tests.support.waiting import wait_until
+from tests.support.waiting import PROMPTLY, wait_until
 
 pytestmark = pytest.mark.flow
 
@@ -156,9 +156,10 @@ def test_nothing_is_handled_before_its_time(flow):
     flow.effects.wait_for(3, handler="second")
 
     when = {e["id"]: e["at"] - start.timestamp() for e in flow.effects.all(handler="second")}
-    assert when[at_once] < 1
-    assert 1 <= when[by_time] < 1.5
-    assert 1.5 <= when[by_delay] < 2
+    assert when[at_once] < PROMPTLY
+    # by a timer, and not when something else happens to look
+    assert 1 <= when[by_time] < 1 + PROMPTLY
+    assert 1.5 <= when[by_delay] < 1.5 + PROMPTLY
     assert flow.message(by_delay)["scheduledAt"] is not None
 
 

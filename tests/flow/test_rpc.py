@@ -190,8 +190,8 @@ class TestResult:
                 eventlet.sleep(0.002)
             return sorted(times)[25]
 
-        # idle it is 2 ms; with room for a machine that is not
-        assert served.run(median) < 0.05
+        # idle it is 2 ms; with room for a machine that is not, and less than any poll takes
+        assert served.run(median) < 0.2
 
 
 class TestErrors:
@@ -271,7 +271,7 @@ class TestTimeout:
         start = time.monotonic()
         with pytest.raises(RpcTimeoutError, match=re.escape("callee.sleep: no reply in 0.5 s")):
             served.run(lambda s: s.hasty.sleep(3))
-        assert 0.5 <= time.monotonic() - start < 2
+        assert 0.5 <= time.monotonic() - start < 3
         assert issubclass(RpcTimeoutError, QueueError)
         # the reply that comes too late harms nobody
         assert served.run(lambda s: s.hasty.add(1)) == 3
@@ -279,7 +279,7 @@ class TestTimeout:
     def test_it_counts_from_the_call(self, served):
         def call_and_wait(s):
             reply = s.hasty.sleep.call_async(2)
-            eventlet.sleep(0.4)
+            eventlet.sleep(0.5)
             start = time.monotonic()
             for _ in range(2):
                 with pytest.raises(RpcTimeoutError):

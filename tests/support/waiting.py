@@ -5,6 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+PROMPTLY = 3.0
+"""Seconds within which something that needs no wait is done, on a machine that others use too.
+
+Enough to tell a timer or a push from a poll; how fast it is, benchmarks/ say.
+"""
+
 
 def wait_until(
     condition: Callable[[], object],

@@ -56,7 +56,7 @@ class ProviderLab(ABC):
     :param config: settings, of a message log that has its tables and is empty.
     """
 
-    promptly: float = 1.0
+    promptly: float = 2.0
     """Seconds within which a waiting consumer has what it waits for, with room for the
     pauses of a busy machine."""
 
