@@ -18,6 +18,7 @@ from sqlalchemy import URL, ColumnElement, Connection, Engine, create_engine, ev
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from shared.errors import StoreUnavailableError
+from shared.mysql import NativeConnection, connect_natively
 from shared.settings import Settings
 
 Sleep = Callable[[float], Any]
@@ -78,15 +79,17 @@ def database_url(settings: Settings, name: str = "queue") -> URL:
     )
 
 
-def make_reader(url: URL, sleep: Sleep) -> Engine:
+def make_reader(url: URL, sleep: Sleep, *, is_native: bool = False) -> Engine:
     """Make an engine that only reads: it takes no lock, and waits for nobody's transaction."""
-    return make_engine(url, sleep).execution_options(isolation_level="AUTOCOMMIT")
+    engine = make_engine(url, sleep, is_native=is_native)
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
-def make_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
+def make_engine(url: URL, sleep: Sleep, *, is_native: bool = False, **options: Any) -> Engine:
     """Make an engine for one thread, or for one hub.
 
     :param sleep: how that thread waits: ``eventlet.sleep`` on the hub.
+    :param is_native: it is for a native thread alone, and may make use of that.
     """
     if url.get_backend_name() == "sqlite":
         return _sqlite_engine(url, sleep, options)
@@ -99,6 +102,8 @@ def make_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
         connect_args={"connect_timeout": 5, "read_timeout": 30, "write_timeout": 30},
         **options,
     )
+    if is_native:
+        event.listen(engine, "do_connect", connect_natively)
     event.listen(engine, "connect", _set_utc)
     return engine
 
@@ -162,7 +167,7 @@ class Database:
 
     def __init__(self, url: URL, sleep: Sleep) -> None:
         self._sleep = sleep
-        self._engine = make_engine(url, sleep)
+        self._engine = make_engine(url, sleep, is_native=True)
         self._connection: Connection | None = None
         self._is_durable = True
         self._file: tuple[int, int] | None = None
@@ -193,6 +198,9 @@ class Database:
         tx = self._begin(durable, reckons)
         try:
             yield tx
+            self._commit(tx.connection)
+        except CommitUncertainError:
+            raise
         except BaseException as exc:
             self._roll_back()
             if isinstance(exc, DBAPIError) and exc.connection_invalidated:
@@ -200,7 +208,6 @@ class Database:
             if isinstance(exc, OperationalError) and not is_transient(exc):
                 raise StoreUnavailableError(str(exc.orig)) from exc
             raise
-        self._commit(tx.connection)
 
     def run(self, step: Callable[[Transaction], _T], *, durable: bool = True) -> _T:
         """Return what ``step`` returns, done in a transaction; again if it lost a deadlock.
@@ -231,7 +238,8 @@ class Database:
         was_kept = self._reader is not None
         try:
             if self._reader is None:
-                self._reader = make_reader(self._engine.url, self._sleep).connect()
+                reader = make_reader(self._engine.url, self._sleep, is_native=True)
+                self._reader = reader.connect()
             return query(Transaction(self._reader, self._clock))
         except SQLAlchemyError as exc:
             self._drop_reader()
@@ -329,9 +337,12 @@ class Database:
             self._is_durable = durable
 
     def _commit(self, connection: Connection) -> None:
+        driver = connection.connection.dbapi_connection
         try:
             connection.commit()
         except SQLAlchemyError as exc:
+            if isinstance(driver, NativeConnection) and driver.was_refused:
+                raise
             self.drop_connection()
             raise CommitUncertainError(str(getattr(exc, "orig", None) or exc)) from exc
 

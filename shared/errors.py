@@ -5,9 +5,14 @@
     ├── PayloadError               a payload or an option cannot be sent
     │   └── ContractError          a payload breaks its event's contract
     ├── DispatchError              an event was not stored
+    │   ├── DispatchRefusedError   the log takes other events, and not this one
     │   └── DispatchUncertainError an event may or may not have been stored
+    ├── DedupeConflictError        a key came again, with something else
     ├── MessageNotFoundError       no such message in the log
-    ├── NothingToRetryError        a message has no failed delivery
+    ├── NothingToChangeError       what was to be changed is not in a state for it
+    │   └── NothingToRetryError    a message has no failed delivery
+    ├── SubscriptionNotFoundError  no such subscription, or it is retired
+    ├── SubscriptionLiveError      a subscription that is to be retired has a live consumer
     ├── StoreUnavailableError      the log's database does not answer
     ├── ProviderError              a provider could not do what was asked
     │   ├── ProviderUnavailableError
@@ -20,6 +25,7 @@
     ├── RpcTimeoutError            a call got no reply in time
     ├── HandlerAbortedError        a handler ended by what is no ordinary exception
     ├── Reject                     a handler: never try this again
+    │   └── InboxError             a handler went on after its commit, and failed
     └── Retry                      a handler: try this again, later
 
 ``Reject`` and ``Retry`` are control flow of handlers, and therefore bear the
@@ -65,6 +71,10 @@ class DispatchError(QueueError):
     """Raised when an event could not be stored: nothing was, nothing is sent."""
 
 
+class DispatchRefusedError(DispatchError):
+    """Raised when the log's database works, and refuses an event as it is."""
+
+
 class DispatchUncertainError(DispatchError):
     """Raised when the fate of a COMMIT stayed unknown.
 
@@ -76,11 +86,27 @@ class DispatchUncertainError(DispatchError):
         super().__init__(f"stored or not is unknown for {', '.join(message_ids)}: {reason}")
 
 
+class DedupeConflictError(QueueError):
+    """Raised when a key that has to mean the same each time comes with something else."""
+
+
 class MessageNotFoundError(QueueError):
     """Raised when the message log has no message of that id."""
 
 
-class NothingToRetryError(QueueError):
+class NothingToChangeError(QueueError):
+    """Raised when what is to be cancelled, put off or discarded is not in a state for it."""
+
+
+class SubscriptionNotFoundError(QueueError):
+    """Raised when there is no such subscription, or it was retired."""
+
+
+class SubscriptionLiveError(QueueError):
+    """Raised when a subscription that is to be retired has a live consumer."""
+
+
+class NothingToRetryError(NothingToChangeError):
     """Raised when a message that is to be retried has no failed delivery."""
 
 
@@ -147,6 +173,13 @@ class Reject(QueueError):  # noqa: N818 - named for what a handler asks for
     """Raised when a handler knows that a message can never succeed.
 
     The delivery becomes a dead letter at once, without further attempts.
+    """
+
+
+class InboxError(Reject):
+    """Raised when a handler with an inbox failed after it had committed, or commits again.
+
+    Its message counts as handled by that commit, so no attempt would run it again.
     """
 
 

@@ -185,6 +185,11 @@ class Thread:
             self._done.set()
 
 
+def start_natively(function: Callable[..., None], *args: Any) -> None:
+    """Call ``function`` in a native thread; from a signal handler, too: no lock is taken."""
+    _threading._start_new_thread(function, args)
+
+
 class Promise:
     """An answer that a greenthread waits for; fulfilled on the hub."""
 

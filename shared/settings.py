@@ -82,7 +82,9 @@ class Settings:
     sources: Mapping[str, str]
     lease: float
     grace: float
+    audit: float
     retries: Retries
+    inbox_days: float
     addresses: Mapping[str, Address]
     admin_auth: str
     admin_tokens: tuple[str, ...] = field(repr=False)
@@ -291,7 +293,7 @@ def _amqp_uri(value: Any) -> str:
 
 
 def _tokens(value: Any) -> tuple[str, ...]:
-    """Tokens separated by commas or lines, or @/path of a file of them."""
+    """Tokens separated by commas or lines, or @/path of a file of them; a name may precede each."""
     text = _text(value)
     if text.startswith("@"):
         try:
@@ -299,7 +301,7 @@ def _tokens(value: Any) -> tuple[str, ...]:
         except (OSError, ValueError) as exc:
             raise EnvError(f"cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
     tokens = tuple(token.strip() for token in re.split(r"[,\n]", text) if token.strip())
-    if any(len(token) < 16 for token in tokens):
+    if any(len(token.rpartition(":")[2]) < 16 for token in tokens):
         raise EnvError("must be tokens of 16 characters or more, separated by commas, or @/file")
     return tokens
 
@@ -340,6 +342,7 @@ class _Reader:
             sources=self.get("QUEUE_SOURCES", "auth_events=user-events", _sources),
             lease=self.seconds("QUEUE_LEASE_SECONDS", 30, lowest=1),
             grace=self.seconds("QUEUE_GRACE_SECONDS", 8),
+            audit=self.seconds("QUEUE_AUDIT_SECONDS", 60),
             retries=Retries(
                 limit=self.get("QUEUE_MAX_RETRIES", 3, _number(0, MAX_RETRIES_LIMIT)),
                 backoff=Backoff(
@@ -348,6 +351,7 @@ class _Reader:
                     cap=self.seconds("QUEUE_RETRY_CAP_SECONDS", 300),
                 ),
             ),
+            inbox_days=self.get("QUEUE_INBOX_DAYS", 30, _number(1, 3660, float)),
             addresses=MappingProxyType(
                 {
                     "auth_events": self.get("AUTH_EVENTS_ADDRESS", "127.0.0.1:3001", _address),

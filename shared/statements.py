@@ -10,17 +10,25 @@ from __future__ import annotations
 import re
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, Dialect
 from sqlalchemy.exc import DBAPIError
 
 from shared.database import Transaction
+from shared.mysql import MOST_WAITING_BYTES, NativeConnection
 
 Processor = Callable[[Any], Any]
 
 _EXPANDING = re.compile(r"__\[POSTCOMPILE_(\w+)\]")
 """Where SQLAlchemy leaves room for the values of an ``IN``."""
+
+_VALUE = re.compile(r"%s|__\[POSTCOMPILE_\w+\]")
+"""Where it leaves room for any, with a driver that takes ``%s``."""
+
+_ROW = " VALUES ("
+"""What comes before an INSERT's first value."""
 
 
 MOST_VALUES = 10_000
@@ -45,12 +53,19 @@ class Prepared:
         compiled = self._for(tx.connection.dialect)
         rows: list[Any] = []
         for part in compiled.parts(values):
-            cursor = compiled.execute(tx.connection, part)
-            rows += compiled.rows(cursor.fetchall())
-            cursor.close()
+            rows += compiled.rows(compiled.fetch(tx.connection, part))
         return rows
 
-    def change(self, tx: Transaction, values: Mapping[str, Any]) -> int:
+    def change(self, tx: Transaction, values: Mapping[str, Any]) -> None:
+        """Execute an INSERT or UPDATE, or a SELECT for its locks, before whatever comes next.
+
+        Its failure may show only there, or at the end of the transaction.
+        """
+        compiled = self._for(tx.connection.dialect)
+        for part in compiled.parts(values):
+            compiled.change(tx.connection, part)
+
+    def count_changed(self, tx: Transaction, values: Mapping[str, Any]) -> int:
         """Execute an INSERT or UPDATE; return how many rows matched."""
         compiled = self._for(tx.connection.dialect)
         count = 0
@@ -61,7 +76,10 @@ class Prepared:
         return count
 
     def change_many(self, tx: Transaction, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Execute an INSERT or UPDATE for each row; it may have no expanding parameter."""
+        """Execute an INSERT or UPDATE for each row, as :meth:`change` does.
+
+        It may have no expanding parameter.
+        """
         self._for(tx.connection.dialect).execute_many(tx.connection, rows)
 
     def _for(self, dialect: Dialect) -> _Compiled:
@@ -82,6 +100,8 @@ class _Compiled:
         self._sql = str(compiled)
         self._mark = "?" if dialect.paramstyle == "qmark" else "%s"
         self._names: list[str] = compiled.positiontup or []
+        # what stands between the values, where they are written into the statement here
+        self._between = [text.replace("%%", "%") for text in _VALUE.split(self._sql)]
         self._expanding = set(_EXPANDING.findall(self._sql))
         self._fixed = {
             name: bind.value for name, bind in compiled.binds.items() if not bind.required
@@ -111,25 +131,44 @@ class _Compiled:
         for start in range(0, len(values[name]), MOST_VALUES):
             yield {**values, name: values[name][start : start + MOST_VALUES]}
 
+    def fetch(self, connection: Connection, values: Mapping[str, Any]) -> Sequence[Any]:
+        driver = _driver(connection)
+        if isinstance(driver, NativeConnection):
+            sql = self._written(driver, values)
+            with self._translating(sql, connection):
+                return driver.fetch(sql)
+        cursor = self.execute(connection, values)
+        rows: Sequence[Any] = cursor.fetchall()
+        cursor.close()
+        return rows
+
+    def change(self, connection: Connection, values: Mapping[str, Any]) -> None:
+        driver = _driver(connection)
+        if isinstance(driver, NativeConnection):
+            sql = self._written(driver, values)
+            with self._translating(sql, connection):
+                driver.later(sql)
+        else:
+            self.execute(connection, values).close()
+
     def execute(self, connection: Connection, values: Mapping[str, Any]) -> Any:
         sql, parameters = self._sql, self._parameters(values)
         if self._expanding:
             sql = _EXPANDING.sub(lambda at: self._marks(values[at[1]]), sql)
         cursor = _driver(connection).cursor()
-        try:
+        with self._translating(sql, connection):
             cursor.execute(sql, parameters)
-        except self._dialect.loaded_dbapi.Error as exc:
-            raise self._translated(exc, sql, connection) from exc
         return cursor
 
     def execute_many(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-        cursor = _driver(connection).cursor()
-        try:
-            cursor.executemany(self._sql, [self._parameters(row) for row in rows])
-        except self._dialect.loaded_dbapi.Error as exc:
-            raise self._translated(exc, self._sql, connection) from exc
-        finally:
-            cursor.close()
+        driver = _driver(connection)
+        with self._translating(self._sql, connection):
+            if isinstance(driver, NativeConnection):
+                for sql in self._written_many(driver, rows):
+                    driver.later(sql)
+            else:
+                with closing(driver.cursor()) as cursor:
+                    cursor.executemany(self._sql, [self._parameters(row) for row in rows])
 
     def rows(self, fetched: Sequence[Any]) -> list[Any]:
         if not self._from_driver:
@@ -157,6 +196,48 @@ class _Compiled:
     def _marks(self, values: Sequence[Any]) -> str:
         # nothing is in (NULL), and (), which would say so better, not every database takes
         return ", ".join([self._mark] * len(values)) or "NULL"
+
+    def _written(self, driver: NativeConnection, values: Mapping[str, Any]) -> str:
+        """Return the statement with its values in it."""
+        parts = [self._between[0]]
+        for name, after in zip(self._names, self._between[1:], strict=True):
+            value = values[name] if name in values else self._fixed[name]
+            if name in self._expanding:
+                # as _marks does it
+                parts.append(", ".join(map(driver.escape, value)) or "NULL")
+            elif name in self._to_driver:
+                parts.append(driver.escape(self._to_driver[name](value)))
+            else:
+                parts.append(driver.escape(value))
+            parts.append(after)
+        return "".join(parts)
+
+    def _written_many(
+        self, driver: NativeConnection, rows: Sequence[Mapping[str, Any]]
+    ) -> Iterator[str]:
+        """Yield the statement for each row; an INSERT takes many rows."""
+        head, values, _ = self._sql.partition(_ROW)
+        if not values:
+            yield from (self._written(driver, row) for row in rows)
+            return
+        gathered: list[str] = []
+        size = 0
+        for row in rows:
+            written = self._written(driver, row)[len(head) + len(_ROW) - 1 :]
+            if gathered and size + len(written) > MOST_WAITING_BYTES:
+                yield f"{head} VALUES {', '.join(gathered)}"
+                gathered, size = [], 0
+            gathered.append(written)
+            size += len(written)
+        if gathered:
+            yield f"{head} VALUES {', '.join(gathered)}"
+
+    @contextmanager
+    def _translating(self, sql: str, connection: Connection) -> Iterator[None]:
+        try:
+            yield
+        except self._dialect.loaded_dbapi.Error as exc:
+            raise self._translated(exc, sql, connection) from exc
 
     def _translated(self, error: Any, sql: str, connection: Connection) -> Exception:
         """Return the exception that SQLAlchemy would have raised."""

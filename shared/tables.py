@@ -227,6 +227,39 @@ attempts = Table(
 )
 """The history: one row for each attempt that ended otherwise than by completing."""
 
+pauses = Table(
+    "queue_pauses",
+    metadata,
+    Column("subscription_id", Integer, primary_key=True, autoincrement=False),
+    Column("paused_by", String(255), nullable=False),
+    **TEXT,
+)
+"""Who paused a subscription, for as long as it is paused."""
+
+failures = Table(
+    "queue_failures",
+    metadata,
+    Column("delivery_seq", big_key(), primary_key=True, autoincrement=False),
+    Column("fingerprint", String(16), nullable=False),
+    Column("error_type", String(255), nullable=False),
+    # Module and function of the last frame that is neither a library's nor the suite's.
+    Column("place", String(255), nullable=False),
+    Column("failed_at", millis(), nullable=False),
+    Index("ix_queue_failures_fingerprint", "fingerprint", "failed_at", "delivery_seq"),
+    **TEXT,
+)
+"""The dead letters that there are, each with the group that it belongs to."""
+
+causes = Table(
+    "queue_causes",
+    metadata,
+    Column("message_id", String(36), primary_key=True),
+    Column("cause_id", String(36), nullable=False),
+    Index("ix_queue_causes_cause", "cause_id", "message_id"),
+    **TEXT,
+)
+"""Which message's handler dispatched a message: a row for those that one did."""
+
 audit_log = Table(
     "queue_audit_log",
     metadata,
@@ -262,6 +295,20 @@ rpc_messages = Table(
     **TEXT,
 )
 """Requests and replies that nobody took yet: no part of the log, and gone once they are taken."""
+
+dedupe_keys = Table(
+    "queue_dedupe_keys",
+    metadata,
+    Column("dedupe_key", exact(200), primary_key=True),
+    # Or what is no queue's name: then the key is unique over all of them.
+    Column("queue_name", exact(200), primary_key=True),
+    Column("message_id", String(36), nullable=False),
+    Column("fingerprint", String(64), nullable=True),
+    Column("expires_at", millis(), nullable=False),
+    Index("ix_queue_dedupe_keys_expires", "expires_at"),
+    **TEXT,
+)
+"""By what dispatches are known again, for some time; the message may be gone sooner."""
 
 
 OWN_METADATA = "nameko"

@@ -25,6 +25,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 MAX_JSON_DEPTH = 64
 """Levels of nesting in a payload; what reads it later may well recurse."""
 
+LONGEST_DEDUPE_KEY = 200
+"""Characters of what a dispatch is known by."""
+
 MAX_RETRIES_LIMIT = 100
 """The most that ``max_retries`` may be; 100 waits at the cap are 8 hours."""
 
@@ -71,6 +74,18 @@ class Subscription:
     id: int = 0
 
 
+class Dedupe(NamedTuple):
+    """By what a dispatch is known again, so that it is stored once.
+
+    :param scope: where the key is unique: the queue's name, or what cannot be one.
+    :param fingerprint: of what comes with the key, where it has to be the same each time.
+    """
+
+    scope: str
+    key: str
+    fingerprint: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Envelope:
     """One dispatched event with all that travels beside its payload.
@@ -81,6 +96,7 @@ class Envelope:
     :param scheduled_at: naive UTC; not handed to a handler before.
     :param delay: seconds after being stored, by the database's clock; becomes ``scheduled_at``.
     :param created_at: naive UTC, set by the database.
+    :param dedupe: what it is known by, where it is to be stored once.
     """
 
     id: str
@@ -93,6 +109,7 @@ class Envelope:
     delay: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     created_at: datetime | None = None
+    dedupe: Dedupe | None = None
 
     @property
     def payload(self) -> Any:
@@ -164,11 +181,15 @@ class Settlement(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What went wrong in an attempt, as text to be stored."""
+    """What went wrong in an attempt, as text to be stored.
+
+    :param place: module and function of the last frame of the service's own code.
+    """
 
     type: str
     message: str
     traceback: str = ""
+    place: str = ""
 
 
 class Outcome(NamedTuple):

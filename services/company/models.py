@@ -8,6 +8,7 @@ from enum import StrEnum
 from sqlalchemy import ForeignKey, Index, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
+from shared.store.inbox import inbox_table
 from shared.tables import big_key, exact, millis
 
 
@@ -102,3 +103,6 @@ class Activity(Base):
     session_id: Mapped[str | None] = mapped_column(exact(100))
     ip_address: Mapped[str | None] = mapped_column(String(45))
     user_agent: Mapped[str | None] = mapped_column(String(512))
+
+
+inbox = inbox_table(Base.metadata, "company")

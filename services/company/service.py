@@ -33,17 +33,17 @@ class CompanyService:
     db = DatabaseSession(Base)
     message = MessageContext()
 
-    @event_handler("auth_events", "user.registered")
+    @event_handler("auth_events", "user.registered", inbox="db")
     def handle_user_registered(self, payload: dict[str, Any]) -> None:
         """Create the user and the company."""
         record(self.db, read_registered(payload, self.message))
 
-    @event_handler("auth_events", "user.logged_in")
+    @event_handler("auth_events", "user.logged_in", inbox="db")
     def handle_user_logged_in(self, payload: dict[str, Any]) -> None:
         """Note the login and open a session."""
         record(self.db, read_logged_in(payload, self.message))
 
-    @event_handler("auth_events", "user.logged_out")
+    @event_handler("auth_events", "user.logged_out", inbox="db")
     def handle_user_logged_out(self, payload: dict[str, Any]) -> None:
         """Close a session."""
         record(self.db, read_logged_out(payload, self.message))

@@ -8,6 +8,7 @@ from enum import StrEnum
 from sqlalchemy import CheckConstraint, Enum, String, Text, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from shared.store.inbox import inbox_table
 from shared.tables import big_key, millis
 
 
@@ -57,3 +58,6 @@ class MailRecord(Base):
     created_at: Mapped[datetime] = mapped_column(millis(), server_default=text("CURRENT_TIMESTAMP"))
     sent_at: Mapped[datetime | None] = mapped_column(millis())
     error: Mapped[str | None] = mapped_column(Text)
+
+
+inbox = inbox_table(Base.metadata, "notifications")

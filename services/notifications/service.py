@@ -20,10 +20,12 @@ class NotificationsService:
     name = "notifications"
 
     db = DatabaseSession(Base)
+    # its own: a mail is not handled when it is claimed, which is committed first
+    handled = DatabaseSession(Base)
     mail = MailTransport()
     message = MessageContext()
 
-    @event_handler("auth_events", "user.registered")
+    @event_handler("auth_events", "user.registered", inbox="handled")
     def send_welcome(self, payload: dict[str, Any]) -> None:
         """Send the welcome mail, once for each message.
 

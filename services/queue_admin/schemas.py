@@ -1,15 +1,50 @@
-"""What may be published over HTTP."""
+"""What ``queue_admin`` takes."""
 
 from __future__ import annotations
 
-from marshmallow import Schema, fields, validate
+import json
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, NoReturn
 
+from marshmallow import Schema, ValidationError, fields, post_load, validate, validates_schema
+
+from shared.lifecycle import MessageStatus
+from shared.store.listing import ANY, MOST_LISTED, Filters
 from shared.types import MAX_RETRIES_LIMIT, NAME, Priority
+
+MOST_RETRIED = 10_000
+"""Messages or dead letters that one call changes; the next one goes on."""
+
+LONGEST_TEXT = 255
 
 _name = validate.Regexp(
     NAME.pattern + r"\Z",
     error="Must match [A-Za-z0-9][A-Za-z0-9._-]* and have 1 to 200 characters.",
 )
+_word = validate.Length(1, LONGEST_TEXT)
+_path = validate.Regexp(
+    r"\$(?:\.[A-Za-z_][A-Za-z0-9_]*|\[[0-9]{1,6}\]){1,64}\Z",
+    error="Must be a path such as $.user.email or $.items[0].id.",
+)
+
+
+class Time(fields.AwareDateTime):
+    """A time with its zone, from 1971 to 2037: where MySQL's TIMESTAMP ends."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(format="iso", **kwargs)
+
+    def _deserialize(self, *args: Any, **kwargs: Any) -> datetime:
+        given = super()._deserialize(*args, **kwargs)
+        try:
+            plain = given.astimezone(UTC)
+        except OverflowError as exc:
+            raise ValidationError("Is out of range.") from exc
+        if not 1971 <= plain.year <= 2037:
+            raise ValidationError("Must lie between 1971 and 2037.")
+        return plain
 
 
 class PublishSchema(Schema):
@@ -24,3 +59,112 @@ class PublishSchema(Schema):
     max_retries = fields.Int(
         strict=True, data_key="maxRetries", validate=validate.Range(0, MAX_RETRIES_LIMIT)
     )
+
+
+class FilterSchema(Schema):
+    """Which messages are meant."""
+
+    queue = fields.Str(validate=_name)
+    message_type = fields.Str(data_key="type", validate=_name)
+    subscriber = fields.Str(validate=_word)
+    priority = fields.Str(validate=validate.OneOf(list(Priority)))
+    created_from = Time(data_key="createdFrom")
+    created_to = Time(data_key="createdTo")
+    exception_type = fields.Str(data_key="exceptionType", validate=_word)
+    text = fields.Str(validate=_word)
+    payload_path = fields.Str(data_key="payloadPath", validate=_path)
+    cursor = fields.Str(validate=validate.Length(1, LONGEST_TEXT))
+
+    @validates_schema
+    def _check_value(self, data: Mapping[str, Any], **_: Any) -> None:
+        if ("payload_path" in data) != ("payload_value" in data):
+            lacking = "payloadValue" if "payload_path" in data else "payloadPath"
+            raise ValidationError({lacking: ["Must be given, too."]})
+        value = data.get("payload_value")
+        if isinstance(value, dict | list):
+            raise ValidationError(
+                {"payloadValue": ["Must be a text, a number, true, false or null."]}
+            )
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValidationError({"payloadValue": ["Must have 64 bits at most."]})
+
+    @post_load
+    def _gather(self, data: dict[str, Any], **_: Any) -> dict[str, Any]:
+        cursor, limit = data.pop("cursor", None), data.pop("limit")
+        for name in ("created_from", "created_to"):
+            if name in data:
+                data[name] = data[name].replace(tzinfo=None)
+        data.setdefault("payload_value", ANY)
+        return {"filters": Filters(**data), "cursor": cursor, "limit": limit}
+
+
+class ListSchema(FilterSchema):
+    """The query of ``GET /queue/messages``."""
+
+    status = fields.Str(validate=validate.OneOf(list(MessageStatus)))
+    limit = fields.Int(load_default=50, validate=validate.Range(1, MOST_LISTED))
+    # as JSON, or what is no JSON as text
+    payload_value = fields.Str(data_key="payloadValue", validate=validate.Length(max=LONGEST_TEXT))
+
+    @post_load
+    def _gather(self, data: dict[str, Any], **_: Any) -> dict[str, Any]:
+        if "payload_value" in data:
+            data["payload_value"] = _scalar(data["payload_value"])
+        return super()._gather(data)
+
+
+class RetrySchema(FilterSchema):
+    """The body of ``POST /queue/retry``."""
+
+    payload_value = fields.Raw(
+        data_key="payloadValue",
+        allow_none=True,
+        metadata={"type": ["string", "number", "boolean", "null"]},
+    )
+    limit = fields.Int(strict=True, load_default=1000, validate=validate.Range(1, MOST_RETRIED))
+
+
+class BatchSchema(Schema):
+    """The query of what changes a failure group."""
+
+    limit = fields.Int(load_default=1000, validate=validate.Range(1, MOST_RETRIED))
+
+
+class ResendSchema(Schema):
+    """The body of ``POST /queue/messages/<message_id>/resend``."""
+
+    payload = fields.Raw(required=True, allow_none=True)
+
+
+class RescheduleSchema(Schema):
+    """The body of ``POST /queue/messages/<message_id>/reschedule``."""
+
+    scheduled_at = Time(required=True, data_key="scheduledAt")
+
+
+class SubscriptionsSchema(Schema):
+    """The query of ``GET /queue/subscriptions``."""
+
+    queue = fields.Str(validate=_name)
+
+
+class AuditLogSchema(Schema):
+    """The query of ``GET /queue/audit-log``."""
+
+    before = fields.Int(validate=validate.Range(1, 2**63 - 1))
+    limit = fields.Int(load_default=50, validate=validate.Range(1, MOST_LISTED))
+
+
+def _scalar(text: str) -> Any:
+    """Return the JSON scalar that a text is, or the text."""
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return text
+    is_odd = isinstance(value, float) and math.isinf(value)
+    is_large = isinstance(value, int) and not -(2**63) <= value < 2**63
+    return text if is_odd or is_large or isinstance(value, dict | list) else value
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(name)

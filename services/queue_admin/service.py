@@ -1,67 +1,39 @@
-"""The service that operations talk to."""
+"""The service that operations talk to; its calls are in the modules beside this one."""
 
 from __future__ import annotations
 
-import hmac
-from functools import partial
 from typing import Any
 
-from werkzeug.wrappers import Request
+from werkzeug.wrappers import Request, Response
 
-from services.queue_admin.schemas import PublishSchema
-from shared.events import MessageLog, QueueService
-from shared.settings import Settings
-from shared.web import Problem, bearer_token
-from shared.web import http as unguarded
-
-
-def _check_token(request: Request, settings: Settings) -> None:
-    if settings.admin_auth == "none":
-        return
-    token = (bearer_token(request) or "").encode()
-    # every token is compared, so that the time tells nothing
-    matches = [hmac.compare_digest(token, known.encode()) for known in settings.admin_tokens]
-    if not any(matches):
-        raise Problem(401, "unauthorized", "A bearer token of QUEUE_ADMIN_TOKENS is needed")
+from services.queue_admin import answers
+from services.queue_admin.failures import FailureCalls
+from services.queue_admin.messages import MessageCalls
+from services.queue_admin.openapi import page_of, specification
+from services.queue_admin.routes import http, unguarded
+from services.queue_admin.subscriptions import SubscriptionCalls
+from shared.events.operations import AuditTimer
 
 
-http = partial(unguarded, guard=_check_token)
-
-
-class QueueAdminService:
-    """Publishes, counts, retries, and says how the queue is."""
+class QueueAdminService(MessageCalls, FailureCalls, SubscriptionCalls):
+    """Shows what there is, says why, repairs it, and says how the queue is."""
 
     name = "queue_admin"
 
-    queue = QueueService()
-    log = MessageLog()
+    audit = AuditTimer()
 
-    @http("POST", "/queue/publish", schema=PublishSchema)
-    def publish(self, _request: Request, body: dict[str, Any]) -> Any:
-        """Publish one message on behalf of the service whose queue it is."""
-        return 202, {"messageId": self.queue.publish(**body)}
-
-    @http("GET", "/queue/stats/<queue>")
-    def stats(self, _request: Request, queue: str) -> Any:
-        """Count the messages of a queue, and the deliveries of each subscription."""
-        stats = self.queue.get_queue_stats(queue)
-        if stats is None:
-            raise Problem(404, "queue-not-found", "No such queue", detail=f"no queue {queue}")
-        return stats
-
-    @http("GET", "/queue/messages/<message_id>")
-    def message(self, _request: Request, message_id: str) -> Any:
-        """Show one message, its deliveries, and each attempt that failed."""
-        return self.log.message(message_id)
-
-    @http("POST", "/queue/retry/<message_id>")
-    def retry(self, _request: Request, message_id: str) -> Any:
-        """Let the failed deliveries of a message run again."""
-        retried = self.queue.retry_message(message_id)
-        return 202, {"messageId": message_id, "retried": retried}
-
-    @unguarded("GET", "/queue/health")
+    @unguarded("GET", "/queue/health", answers=answers.Health)
     def health(self, _request: Request) -> Any:
         """Say whether provider and database answer, and all waiting work has a consumer."""
         health = self.queue.health()
         return (200 if health["status"] == "healthy" else 503), health
+
+    @http("GET", "/openapi.json")
+    def openapi(self, _request: Request) -> Any:
+        """Describe all calls, as OpenAPI 3.1."""
+        return specification(QueueAdminService)
+
+    @http("GET", "/docs")
+    def docs(self, _request: Request) -> Response:
+        """Show the description of all calls as a page."""
+        return page_of(specification(QueueAdminService))

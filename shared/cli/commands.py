@@ -8,6 +8,7 @@ import click
 from sqlalchemy import URL, Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from shared.cli.audit import audit
 from shared.cli.failures import Failure, WrongArgument
 from shared.cli.rabbitmq import rabbitmq
 from shared.database import database_url, make_engine, make_reader, seconds_between, utc_now
@@ -33,6 +34,7 @@ def main(context: click.Context) -> None:
         raise WrongArgument(str(exc)) from exc
 
 
+main.add_command(audit)
 main.add_command(rabbitmq)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
 
-from marshmallow import EXCLUDE, RAISE, Schema
+from marshmallow import EXCLUDE, RAISE, Schema, ValidationError
+from marshmallow.fields import Field, String
 
 from shared.errors import ContractError
 
@@ -66,9 +67,11 @@ class ContractRegistry:
             )
         if not isinstance(payload, Mapping):
             raise ContractError({"payload": f"{event_type} wants an object"})
-        errors = _instance(schema, EXCLUDE if named is None else RAISE).validate(payload)
-        if errors:
-            raise ContractError(_flatten(errors))
+        judge = _instance(schema, EXCLUDE if named is None else RAISE)
+        if not _is_plainly_right(judge, payload):
+            errors = judge.validate(payload)
+            if errors:
+                raise ContractError(_flatten(errors))
         return version
 
 
@@ -76,6 +79,47 @@ class ContractRegistry:
 def _instance(schema: type[Schema], unknown: Literal["exclude", "raise"]) -> Schema:
     # making one costs more than a validation does
     return schema(unknown=unknown)
+
+
+def _is_plainly_right(schema: Schema, payload: Mapping[str, Any]) -> bool:
+    """Say whether a payload is right field by field; of any other marshmallow says what it is.
+
+    Most are, and marshmallow takes three times as long, since it makes an object of it.
+    """
+    if any(schema._hooks.values()):
+        return False
+    if schema.unknown == RAISE and not payload.keys() <= _keys_of(schema):
+        return False
+    try:
+        return all(_is_right(field, key, payload) for key, field in _fields_of(schema))
+    except ValidationError:
+        return False
+
+
+def _is_right(field: Field[Any], key: str, payload: Mapping[str, Any]) -> bool:
+    if key not in payload:
+        return not field.required
+    value = payload[key]
+    if value is None:
+        return field.allow_none
+    if type(field) is not String:
+        field.deserialize(value, key, payload)
+        return True
+    if not isinstance(value, str):
+        return False
+    for validator in field.validators:
+        validator(value)
+    return True
+
+
+@cache
+def _fields_of(schema: Schema) -> list[tuple[str, Field[Any]]]:
+    return [(field.data_key or name, field) for name, field in schema.load_fields.items()]
+
+
+@cache
+def _keys_of(schema: Schema) -> frozenset[str]:
+    return frozenset(key for key, _ in _fields_of(schema))
 
 
 def parse_version(named: Any) -> int:

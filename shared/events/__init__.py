@@ -6,6 +6,7 @@ from shared.events.context import Message, MessageContext
 from shared.events.dispatcher import Dispatch, EventDispatcher
 from shared.events.handler import EventHandler, event_handler
 from shared.events.operations import MessageLog, QueueService
+from shared.events.repairs import QueueOperations
 from shared.lifecycle import Backoff
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Message",
     "MessageContext",
     "MessageLog",
+    "QueueOperations",
     "QueueService",
     "event_handler",
 ]

@@ -21,6 +21,7 @@ from shared.database import CommitUncertainError, Transaction
 from shared.errors import QueueError, StoreUnavailableError
 from shared.events.carrier import Carrier
 from shared.events.commands import (
+    Ask,
     Call,
     Check,
     Consume,
@@ -32,19 +33,25 @@ from shared.events.commands import (
     Finish,
     Forget,
     Free,
+    Keep,
+    Lost,
     Noticed,
     Publish,
     Published,
     Refused,
     Reserved,
+    Revive,
     Settle,
     StopConsuming,
+    Stuck,
     Unpublished,
     Up,
 )
 from shared.events.pump import RECONNECT_SECONDS, SIGN_SECONDS, Pump, Turn
+from shared.events.watch import Watch
 from shared.lifecycle import DeliveryStatus
-from shared.native import Promise, Thread
+from shared.native import Thread
+from shared.providers import QueueProvider
 from shared.store import adoption, attempts, backlog, subscriptions
 from shared.store.log import Handover
 from shared.store.summary import refresh
@@ -63,6 +70,10 @@ ALONE_SECONDS = 60.0
 MOST_ALONE = 10_000
 """How many ids of such messages a dispatcher keeps, to publish them sooner than others would."""
 
+HANGING_LOOKS = 6
+"""How often in turn, every ``SIGN_SECONDS``, the provider's thread may be found where it was before
+it counts as hanging: several answers of a server may each come at the last moment."""
+
 FINISH_SECONDS = 3.0
 """How long the provider may take for what is left to be told to it."""
 
@@ -70,7 +81,7 @@ FINISH_SECONDS = 3.0
 UNBEGUN_SECONDS = 0.2
 """How long a handler may run before the log is told that it began: most are over by then."""
 
-OUTCOME_SECONDS = 0.01
+OUTCOME_SECONDS = 0.02
 """How long outcomes gather to be stored together. Nobody waits for them: their workers are free,
 and what a crash takes comes again."""
 
@@ -125,8 +136,12 @@ class ApartPump(Pump):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._carrier = Carrier(self._settings, self._provider, self._report, self._resolve)
-        self._thread = Thread(self._carrier.run, "queue-carrier")
+        self._start_with(self._provider)
+        self._watch = Watch()
+        self._is_stopping = False
+        self._look_at = monotonic() + SIGN_SECONDS
+        self._turned_at = 0.0
+        self._same_looks = 0
         self._log_keeps_leases = not self._provider.capabilities.leases_expire
         self._reports = Reports()
         self._published: list[Delivery] = []
@@ -142,6 +157,8 @@ class ApartPump(Pump):
         # of these the log does not know that they began
         self._unbegun: dict[int, Lease] = {}
         self._detached: set[int] = set()
+        # handled here, while their provider knows nothing of it any more
+        self._lost: set[int] = set()
         self._renew_at = 0.0
         # outcomes that gather, of those unsaved; and until when
         self._known = 0
@@ -162,10 +179,19 @@ class ApartPump(Pump):
             Declared: self._take_declared,
             Crashed: self._take_crashed,
             Noticed: self._take_notice,
+            Lost: self._take_lost,
+            Stuck: self._take_stuck,
             Consume: self._take_consume,
+            Ask: self._tell,
             Check: self._tell,
-            StopConsuming: self._tell,
+            Forget: self._tell,
+            StopConsuming: self._stop_consuming,
         }
+
+    def _start_with(self, provider: QueueProvider) -> None:
+        self._provider = provider
+        self._carrier = Carrier(self._settings, provider, self._report, self._mailbox.answer)
+        self._thread = Thread(self._carrier.run, "queue-carrier")
 
     def run(self) -> None:
         self._thread.start()
@@ -201,7 +227,7 @@ class ApartPump(Pump):
             timers.append(self._store_at)
         if self._mine:
             timers.append(self._sign_at)
-        if self._log_keeps_leases and self._active:
+        if self._has_leases:
             timers.append(self._renew_at)
         if self._unbegun:
             timers.append(self._begin_at)
@@ -269,6 +295,7 @@ class ApartPump(Pump):
 
     def _take_reserved(self, report: Reserved) -> None:
         self._reports.reserved += report.leases
+        self._watch.came(report.leases)
 
     def _take_up(self, _report: Up) -> None:
         if self._was_down:
@@ -285,6 +312,20 @@ class ApartPump(Pump):
 
     def _take_consume(self, command: Consume) -> None:
         self._consuming = command
+
+    def _take_lost(self, report: Lost) -> None:
+        """Keep in the log what a provider lost that was to keep it: nobody else would know."""
+        self._lost |= {lease.delivery.seq for lease in report.leases}
+        self._renew_at = 0.0
+
+    def _take_stuck(self, report: Stuck) -> None:
+        names = ", ".join(f"{each.event_type} {each.subscriber}" for each in report.subscriptions)
+        self._say(logging.ERROR, "work waits and does not come, connecting anew: %s", names)
+        self._watch.is_stuck(report.subscriptions)
+
+    def _stop_consuming(self, command: StopConsuming) -> None:
+        self._is_stopping = True
+        self._tell(command)
 
     def _take_notice(self, report: Noticed) -> None:
         self._say(logging.WARNING, "%s", report.text)
@@ -485,6 +526,7 @@ class ApartPump(Pump):
         for outcome in [*turn.stored, *turn.refused]:
             self._began.pop(outcome.lease.delivery.seq, None)
             self._detached.discard(outcome.lease.delivery.seq)
+            self._lost.discard(outcome.lease.delivery.seq)
 
     def _is_detached(self, outcome: Outcome) -> bool:
         return outcome.lease.delivery.seq in self._detached
@@ -512,24 +554,73 @@ class ApartPump(Pump):
         inbox = self._mailbox.inbox
         (inbox.send_quietly if is_usual else inbox.send)(report)
 
-    def _resolve(self, promise: Promise, value: bool) -> None:
-        self._mailbox.answer(promise.resolve, value)
-
     # --- leases and signs of life
 
     def _keep_up(self) -> None:
         now = monotonic()
-        if self._log_keeps_leases and self._active and now >= self._renew_at:
+        if self._has_leases and now >= self._renew_at:
             self._renew_at = now + self._settings.lease / 3
             self._database.run(self._hold, durable=False)
             self._detach(self._overlong(now))
+        if now >= self._look_at:
+            self._look_at = now + SIGN_SECONDS
+            self._look_after_carrier()
         if self._is_activated and now >= self._sign_at:
             self._sign_at = now + SIGN_SECONDS
-            if gone := self._database.run(self._sign, durable=False):
-                self._tell(Forget(gone))
+            self._sign_and_watch()
+        elif self._is_activated and self._watch.is_changed:
+            self._database.run(self._sign, durable=False)
+            self._watch.is_changed = False
+
+    def _sign_and_watch(self) -> None:
+        idle = self._watch.idle(self._mine) if self._should_get_more else []
+
+        def step(tx: Transaction) -> tuple[list[Subscription], dict[int, int]]:
+            return self._sign(tx), backlog.oldest_due(tx, idle) if idle else {}
+
+        gone, oldest = self._database.run(step, durable=False)
+        if gone:
+            self._tell(Forget(gone))
+        suspects = self._watch.suspects(oldest)
+        if suspects:
+            self._tell(Revive([each for each in self._mine if each.id in suspects]))
+
+    @property
+    def _should_get_more(self) -> bool:
+        has_room = self._consuming is not None and len(self._active) < self._consuming.workers
+        return has_room and not self._reports and not self._is_stopping
+
+    def _look_after_carrier(self) -> None:
+        """Have a thread that hangs in a call replaced, though every call should end in time."""
+        # counted and not timed: all of the process may have been frozen
+        is_same = self._carrier.turned_at == self._turned_at
+        self._turned_at, self._same_looks = (
+            self._carrier.turned_at,
+            is_same * (self._same_looks + 1),
+        )
+        if self._same_looks > HANGING_LOOKS:
+            self._replace_carrier()
+        elif self._same_looks > HANGING_LOOKS // 2:
+            self._carrier.inbox.ring()  # it may only have nothing to do
+
+    def _replace_carrier(self) -> None:
+        self._say(logging.ERROR, "the provider does not come back from a call: replaced")
+        self._carrier.abandon()
+        self._start_with(type(self._provider)(self._settings))
+        self._thread.start()
+        self._tell(Keep(list(self._active.values())))
+        self._is_up = self._is_sweeping = self._is_registered = False
+        self._is_first = self._was_down = True
+        self._watch.is_stuck(self._mine)
+
+    @property
+    def _has_leases(self) -> bool:
+        """Whether anything that is handled here is leased in the log."""
+        return bool(self._active if self._log_keeps_leases else self._lost)
 
     def _hold(self, tx: Transaction) -> None:
-        attempts.hold(tx, list(self._active), self._worker, self._settings.lease)
+        seqs = list(self._active if self._log_keeps_leases else self._lost)
+        attempts.hold(tx, seqs, self._worker, self._settings.lease)
 
     def _overlong(self, now: float) -> list[Lease]:
         """Return what runs for so long that its server would take it back."""
@@ -541,7 +632,12 @@ class ApartPump(Pump):
         ]
 
     def _sign(self, tx: Transaction) -> list[Subscription]:
-        subscriptions.sign(tx, [subscription.id for subscription in self._mine])
+        stuck = self._watch.stuck
+        # who is not signed for in time is retired, where it is unreliable
+        silent = [each.id for each in self._mine if each.id in stuck and each.reliable]
+        subscriptions.sign(tx, [each.id for each in self._mine if each.id not in silent])
+        if silent:
+            subscriptions.unsign(tx, silent)
         return subscriptions.retire_forgotten(tx)
 
     # --- single calls
@@ -565,6 +661,7 @@ class ApartPump(Pump):
 
     def _end(self) -> None:
         self._reports.reserved.clear()  # not begun: they are handed back as they are
+        self._unbegun.clear()  # what is handed back next must not begin after that
         super()._end()
         self._close()
         for command in self._mailbox.inbox.take():

@@ -13,8 +13,14 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
 
-from shared.errors import ProviderBlockedError, ProviderError, ProviderRefusedError
+from shared.errors import (
+    ProviderBlockedError,
+    ProviderError,
+    ProviderRefusedError,
+    ProviderUnavailableError,
+)
 from shared.events.commands import (
+    Ask,
     Check,
     Crashed,
     Declare,
@@ -24,17 +30,21 @@ from shared.events.commands import (
     Finish,
     Forget,
     Free,
+    Keep,
+    Lost,
     Noticed,
     Publish,
     Published,
     Refused,
     Reserved,
+    Revive,
     Settle,
     StopConsuming,
+    Stuck,
     Unpublished,
     Up,
 )
-from shared.native import Inbox, Promise
+from shared.native import Inbox
 from shared.providers import QueueProvider
 from shared.settings import Settings
 from shared.types import Delivery, Lease, SettleAction, Settlement, Subscription
@@ -42,9 +52,12 @@ from shared.types import Delivery, Lease, SettleAction, Settlement, Subscription
 RECONNECT_SECONDS = 0.5
 """How long to wait before a broker that went away is tried again."""
 
-GATHER_SECONDS = 0.003
-"""How far apart publications are at least: what comes sooner after one gathers for the next, so
-that many small ones cost no more than few large ones. One alone goes out at once."""
+GATHER_SECONDS = 0.002
+"""How long after a publication the next waits for company, for each delivery that the last one had:
+one alone goes out at once, and the more there are, the fewer publications they are."""
+
+LONGEST_GATHER_SECONDS = 0.01
+"""How long that may become."""
 
 MOST_GATHERED = 100
 """Deliveries that are published sooner than that."""
@@ -66,7 +79,7 @@ class Carrier:
     """See the module's docstring.
 
     :param report: gives the pump a report; called from this thread.
-    :param answer: has a promise resolved on the hub.
+    :param answer: has a callback called on the hub.
     """
 
     def __init__(
@@ -74,7 +87,7 @@ class Carrier:
         settings: Settings,
         provider: QueueProvider,
         report: Callable[[Any], None],
-        answer: Callable[[Promise, bool], None],
+        answer: Callable[..., None],
     ) -> None:
         self.inbox = Inbox()
         self._settings = settings
@@ -104,6 +117,8 @@ class Carrier:
         """Whether it waits for more to publish, and not for long: nobody need wake it."""
         self.is_full = True
         """Whether it waits without room: who frees a worker wakes it."""
+        self.turned_at = monotonic()
+        """When it was last seen to be alive, as monotonic time."""
         self._obey: dict[type, Callable[[Any], None]] = {
             Publish: self._take_publish,
             Declare: self._take_declare,
@@ -111,6 +126,9 @@ class Carrier:
             Free: self._take_free,
             Detach: self._take_detach,
             Forget: self._take_forget,
+            Keep: self._take_keep,
+            Revive: self._revive,
+            Ask: self._ask,
             Check: self._check,
             StopConsuming: self._stop_consuming,
             Finish: self._finish,
@@ -167,6 +185,7 @@ class Carrier:
     # --- one turn
 
     def _turn(self) -> None:
+        self.turned_at = monotonic()
         for command in self.inbox.take():
             self._obey[type(command)](command)
         if self._connected or monotonic() >= self._connect_at:
@@ -204,6 +223,32 @@ class Carrier:
     def _take_forget(self, command: Forget) -> None:
         self._forgotten += command.subscriptions
 
+    def _take_keep(self, command: Keep) -> None:
+        by_key = {lease.key: lease for lease in command.leases}
+        self._held |= by_key
+        self._busy |= by_key
+
+    def _revive(self, command: Revive) -> None:
+        stuck = command.subscriptions
+        with self._losing():
+            if self._connected:
+                stuck = [each for each in stuck if not self._may_rest(each)]
+                if stuck:
+                    self._provider.close()
+                    self._connected, self._connect_at = False, 0.0
+        if stuck:
+            self._report(Stuck(stuck))
+
+    def _may_rest(self, subscription: Subscription) -> bool:
+        """Whether what waits for it in the log need not come."""
+        return self._provider.is_paused(subscription) or self._provider.shares(subscription)
+
+    def abandon(self) -> None:
+        """Another thread: have nothing more to do with it, should it ever come back."""
+        self._report = lambda _: None
+        self._answer = lambda *_: None
+        self._held, self._finishing = {}, True
+
     def _stop_consuming(self, _command: StopConsuming) -> None:
         self._workers = self._ahead = 0
 
@@ -218,7 +263,16 @@ class Carrier:
         self._unsettled += command.settlements
 
     def _check(self, command: Check) -> None:
-        self._answer(command.promise, self._connected and self._provider.health_check())
+        is_up = self._connected and self._provider.health_check()
+        self._answer(command.promise.resolve, is_up)
+
+    def _ask(self, command: Ask) -> None:
+        try:
+            if not self._connected:
+                raise ProviderUnavailableError(f"{self._settings.provider} does not answer")
+            self._answer(command.promise.resolve, command.function(self._provider))
+        except ProviderError as exc:
+            self._answer(command.promise.reject, exc)
 
     def _connect(self) -> None:
         if not self._connected:
@@ -238,8 +292,8 @@ class Carrier:
     def _publish(self) -> None:
         if not self._unpublished or self._may_gather():
             return
-        self._publish_at = monotonic() + GATHER_SECONDS
         new = _all(self._unpublished)
+        self._publish_at = monotonic() + min(GATHER_SECONDS * len(new), LONGEST_GATHER_SECONDS)
         try:
             homeless = self._provider.publish(new)
         except ProviderBlockedError as exc:
@@ -284,8 +338,11 @@ class Carrier:
         if not self._held or now < self._renew_at:
             return
         self._renew_at = now + self._settings.lease / 3
-        for lease in self._provider.extend(list(self._held.values())):
+        lost = self._provider.extend(list(self._held.values()))
+        for lease in lost:
             self._held.pop(lease.key, None)
+        if lost:
+            self._report(Lost(lost))
 
     def _reserve(self) -> None:
         room = self._room()

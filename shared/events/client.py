@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Callable, Sequence
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import eventlet
@@ -13,16 +11,27 @@ from eventlet.queue import LightQueue
 from nameko.extensions import SharedExtension
 
 from shared.database import Transaction, database_url
-from shared.errors import SettingsError
+from shared.errors import DedupeConflictError, ProviderUnavailableError, SettingsError
 from shared.events.apart import ApartPump
-from shared.events.commands import Append, Call, Check, Consume, Finish, StopConsuming
+from shared.events.commands import (
+    Append,
+    Ask,
+    Call,
+    Check,
+    Consume,
+    Finish,
+    Forget,
+    StopConsuming,
+)
 from shared.events.joined import JoinedPump
 from shared.events.pump import Pump
 from shared.events.unlogged import UnloggedPump
 from shared.lifecycle import DeliveryStatus
 from shared.native import Mailbox, Promise, Thread
-from shared.providers import check_provider, make_provider
+from shared.providers import QueueProvider, check_provider, make_provider
 from shared.settings import Settings, refuse_start, settings_or_exit
+from shared.stopping import stopper
+from shared.store.dedupe import First
 from shared.types import Delivery, Envelope, Failure, Lease, Outcome, Subscription
 
 if TYPE_CHECKING:
@@ -35,6 +44,9 @@ START_SECONDS = 5.0
 
 HEALTH_SECONDS = 3.0
 """How long a health check waits for the provider before it is taken to be down."""
+
+ASK_SECONDS = 10.0
+"""How long the provider may take for what it is asked to do."""
 
 FINISH_SECONDS = 10.0
 """How long a stop waits for the last outcomes to be stored."""
@@ -81,7 +93,7 @@ class QueueClient(SharedExtension):
     def start(self) -> None:
         self._mailbox.open()
         self._thread.start()
-        self._chain_signal()
+        stopper.add(self._mailbox.rouse, self._pump, self.settings.grace)
         self._hander = self.container.spawn_managed_thread(
             self._hand_out, identifier="queue-client"
         )
@@ -89,7 +101,7 @@ class QueueClient(SharedExtension):
 
     def stop(self) -> None:
         if self._is_stopped:
-            # a second signal stops everything once more, and must not end it sooner
+            # whoever stops everything once more must not end it sooner
             self._thread.join(FINISH_SECONDS)
             return
         self._is_stopped = True
@@ -98,6 +110,7 @@ class QueueClient(SharedExtension):
             _log.error("the last outcomes could not be stored in %s s", FINISH_SECONDS)
             return
         self._hander.kill()
+        stopper.remove(self._mailbox.rouse, self._pump)
         self._mailbox.close()
 
     def kill(self) -> None:
@@ -133,16 +146,19 @@ class QueueClient(SharedExtension):
 
     # --- for dispatchers and operations
 
-    def append(self, envelopes: Sequence[Envelope], *, again: bool = False) -> None:
+    def append(self, envelopes: Sequence[Envelope], *, again: bool = False) -> list[str]:
         """Store events, and return once they are.
 
         :param again: some of them may be stored already.
+        :returns: the message ids: of what was dispatched with the same key before, that one's.
         :raises DispatchError: when nothing was stored.
         :raises DispatchUncertainError: when that could not be found out.
+        :raises DedupeConflictError: when that one had another fingerprint.
         """
         promise = Promise()
         self._mailbox.send(Append(envelopes, promise, again))
-        promise.wait()
+        firsts = promise.wait() or {}
+        return [_first_id(envelope, firsts.get(envelope.id)) for envelope in envelopes]
 
     def call(self, function: Callable[[Transaction], tuple[Any, list[Delivery]]]) -> Any:
         """Run ``function`` in a transaction of the log; publish the deliveries that it returns.
@@ -154,6 +170,10 @@ class QueueClient(SharedExtension):
         self._mailbox.send(Call(function, promise))
         return promise.wait()
 
+    def relay(self) -> None:
+        """Have what is to be published looked for now, and not only when it is time."""
+        self._mailbox.send(Call(lambda _tx: (None, []), Promise()))
+
     def health(self) -> bool:
         """Say whether the provider answers, within a few seconds."""
         promise = Promise()
@@ -161,6 +181,26 @@ class QueueClient(SharedExtension):
         with eventlet.Timeout(HEALTH_SECONDS, False):
             return bool(promise.wait())
         return False
+
+    def ask(self, function: Callable[[QueueProvider], Any]) -> Any:
+        """Return what ``function`` returns, done with the provider by the thread that owns it.
+
+        :raises ProviderError: what it raises, or ProviderUnavailableError.
+        """
+        promise = Promise()
+        self._mailbox.send(Ask(function, promise))
+        with eventlet.Timeout(ASK_SECONDS, False):
+            return promise.wait()
+        raise ProviderUnavailableError(f"{self.settings.provider} did not answer in time")
+
+    def forget(self, gone: Sequence[Subscription]) -> None:
+        """Have the provider remove subscriptions that were retired, as soon as it answers."""
+        self._mailbox.send(Forget(list(gone)))
+
+    @property
+    def joins_log(self) -> bool:
+        """Whether the provider works in the log's own tables."""
+        return self._is_joined
 
     # --- within
 
@@ -249,21 +289,15 @@ class QueueClient(SharedExtension):
             if leases:
                 greenthread.kill()
 
-    def _chain_signal(self) -> None:
-        """On SIGTERM give the thread a deadline: a handler that keeps the hub busy
-        would keep nameko from hearing of it."""
-        before = signal.getsignal(signal.SIGTERM)
-        if not callable(before):
-            return
-
-        def on_signal(number: int, frame: Any) -> None:
-            self._pump.die_by(monotonic() + self.settings.grace + 1)
-            before(number, frame)
-            self._mailbox.rouse()
-
-        signal.signal(signal.SIGTERM, on_signal)
-
     def _crash(self, error: BaseException) -> None:
         _log.critical("the queue's thread ended", exc_info=error)
         # in a greenthread of its own: killing ends the one that brings us this
         eventlet.spawn_n(self.container.kill, (type(error), error, error.__traceback__))
+
+
+def _first_id(envelope: Envelope, first: First | None) -> str:
+    if first is None:
+        return envelope.id
+    if envelope.dedupe is not None and envelope.dedupe.fingerprint != first.fingerprint:
+        raise DedupeConflictError(f"{envelope.dedupe.key} came before, with something else")
+    return first.message_id

@@ -8,6 +8,7 @@ from typing import Any
 
 from shared.database import Transaction
 from shared.native import Promise
+from shared.providers import QueueProvider
 from shared.types import Delivery, Envelope, Lease, Settlement, Subscription
 
 # --- hub to pump
@@ -51,6 +52,14 @@ class Check:
 
 
 @dataclass(slots=True)
+class Ask:
+    """Do something with the provider, on the thread that owns it."""
+
+    function: Callable[[QueueProvider], Any]
+    promise: Promise
+
+
+@dataclass(slots=True)
 class StopConsuming:
     """Reserve nothing more."""
 
@@ -60,7 +69,7 @@ class Finish:
     """Store what is left, hand back what still runs, and end."""
 
 
-# --- pump to carrier (beside Check, StopConsuming and Finish)
+# --- pump to carrier (beside Ask, Check, StopConsuming, Forget and Finish)
 
 
 @dataclass(slots=True)
@@ -112,6 +121,20 @@ class Forget:
     subscriptions: list[Subscription]
 
 
+@dataclass(slots=True)
+class Keep:
+    """Take these leases over from a carrier that hangs."""
+
+    leases: list[Lease]
+
+
+@dataclass(slots=True)
+class Revive:
+    """These have work waiting and get none: connect anew, unless they have a reason for it."""
+
+    subscriptions: list[Subscription]
+
+
 # --- carrier to pump
 
 
@@ -150,6 +173,20 @@ class Reserved:
     """These are to be handled."""
 
     leases: list[Lease]
+
+
+@dataclass(slots=True)
+class Lost:
+    """The provider has these leases no longer; who handles them goes on."""
+
+    leases: list[Lease]
+
+
+@dataclass(slots=True)
+class Stuck:
+    """These get nothing for no reason that anybody knows of."""
+
+    subscriptions: list[Subscription]
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -16,12 +17,16 @@ from nameko.events import get_event_exchange
 from shared.contracts import DEFAULT_VERSION, contracts
 from shared.errors import LONGEST_DELAY_SECONDS, DispatchError, PayloadError
 from shared.events.client import QueueClient
+from shared.events.context import Message
 from shared.events.relay import Relay
 from shared.settings import Settings, refuse_start
+from shared.store.causes import CAUSE
 from shared.store.outbox import outbox_name
 from shared.tables import OWN_METADATA
 from shared.types import (
+    LONGEST_DEDUPE_KEY,
     MAX_RETRIES_LIMIT,
+    Dedupe,
     Envelope,
     Priority,
     check_json,
@@ -44,7 +49,9 @@ def make_envelope(
     scheduled_at: datetime | None = None,
     max_retries: int | None = None,
     metadata: Mapping[str, Any] | None = None,
+    dedupe_key: str | Dedupe | None = None,
     context: Mapping[str, Any] | None = None,
+    own: Mapping[str, Any] | None = None,
 ) -> Envelope:
     """Check an event and make its envelope.
 
@@ -53,7 +60,10 @@ def make_envelope(
     :param scheduled_at: a time with its time zone. One in the past means now.
     :param max_retries: 0 to 100.
     :param metadata: JSON that travels along; ``version`` names the contract's version.
+    :param dedupe_key: 1 to 200 characters: what has the same key is stored once in the
+        queue, within 24 hours. Or a key with a scope of its own.
     :param context: nameko's context data, to be carried to the handler.
+    :param own: what else the suite itself keeps with the message.
     :raises PayloadError: naming what is wrong with the names, payload or options.
     :raises ContractError: naming the fields that break the contract.
     """
@@ -66,8 +76,9 @@ def make_envelope(
     else:
         _say_free(source, event_type)
     contracts.check(source, event_type, payload, kept)
-    if context:
-        kept[OWN_METADATA] = {"context": _sendable(context)}
+    if context or own:
+        its = {"context": _sendable(context)} if context else {}
+        kept[OWN_METADATA] = {**its, **(own or {})}
     return Envelope(
         id=new_message_id(),
         queue=queue,
@@ -78,6 +89,7 @@ def make_envelope(
         scheduled_at=_check_time(scheduled_at),
         delay=_check_delay(delay, scheduled_at),
         metadata=kept,
+        dedupe=_check_dedupe_key(settings, queue, dedupe_key),
     )
 
 
@@ -90,23 +102,33 @@ class Dispatch:
     """What a service method calls: ``self.dispatch("user.registered", payload)``."""
 
     def __init__(
-        self, client: QueueClient, relay: Relay | None, source: str, context: Mapping[str, Any]
+        self,
+        client: QueueClient,
+        relay: Relay | None,
+        source: str,
+        context: Mapping[str, Any],
+        cause: str | None = None,
     ) -> None:
         self._client = client
         self._relay = relay
         self._source = source
         self._queue = client.settings.queue_of(source)
         self._context = context
+        self._own = {CAUSE: cause} if cause else None
 
     def __call__(
         self, event_type: str, event_data: Any, *, session: Any = None, **options: Any
     ) -> str:
         """Dispatch one event; return its message id once it is stored.
 
+        With a ``dedupe_key`` that was dispatched before, nothing is stored, and the id is
+        that of the first message. Together with ``session`` it is always a new one, since
+        the key is looked for when the event is relayed.
+
         :param session: a SQLAlchemy session of the service's own database: the event is
             then part of its transaction, and stored with its commit.
-        :param options: ``priority, delay, scheduled_at, max_retries, metadata``, as
-            :func:`make_envelope` takes them.
+        :param options: ``priority, delay, scheduled_at, max_retries, metadata,
+            dedupe_key``, as :func:`make_envelope` takes them.
         :raises PayloadError: when the event or an option cannot be; nothing was stored.
         :raises DispatchError: when it could not be stored; nothing was.
         :raises DispatchUncertainError: when that could not be found out.
@@ -119,20 +141,22 @@ class Dispatch:
         """Dispatch several events, all or none, in their order; return their message ids.
 
         :param events: pairs ``(event_type, payload)``, or triples with a mapping of
-            options of their own, which go before those given for all.
+            options of their own, which go before those given for all. ``dedupe_key`` is
+            one of an event's own.
         """
         envelopes = [self._envelope(event, options) for event in events]
+        if len(envelopes) > 1 and options.get("dedupe_key") is not None:
+            raise PayloadError({"dedupe_key": "must be given for each event, not for all"})
         if not envelopes:
             return []
         if session is None:
-            self._client.append(envelopes)
-        elif self._relay is not None:
-            self._relay.add(session, envelopes)
-        else:
+            return self._client.append(envelopes)
+        if self._relay is None:
             raise DispatchError(
                 f"{self._source} has no table {outbox_name(self._source)} among those of its "
                 "DatabaseSession: see outbox_table()"
             )
+        self._relay.add(session, envelopes)
         return [envelope.id for envelope in envelopes]
 
     def _envelope(self, event: Sequence[Any], options: dict[str, Any]) -> Envelope:
@@ -143,6 +167,7 @@ class Dispatch:
             event_type,
             payload,
             context=self._context,
+            own=self._own,
             **{**options, **(own[0] if own else {})},
         )
 
@@ -219,7 +244,14 @@ class EventDispatcher(NamekoEventDispatcher):
             self._relay,
             self.container.service_name,
             worker_ctx.context_data,
+            _cause(worker_ctx),
         )
+
+
+def _cause(worker_ctx: Any) -> str | None:
+    """Return the id of the message that is being handled; a batch has no single one."""
+    message = getattr(worker_ctx, "message_context", None)
+    return message.id if isinstance(message, Message) else None
 
 
 def _check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -289,3 +321,21 @@ def _check_delay(value: float | None, scheduled_at: datetime | None) -> float | 
     if not 0 <= value <= LONGEST_DELAY_SECONDS:
         raise PayloadError({"delay": f"must be 0 to {LONGEST_DELAY_SECONDS} seconds"})
     return float(value)
+
+
+def _check_dedupe_key(settings: Settings, queue: str, value: str | Dedupe | None) -> Dedupe | None:
+    if value is None:
+        return None
+    if not settings.log:
+        raise PayloadError({"dedupe_key": "needs the message log, and QUEUE_LOG is off"})
+    made = value if isinstance(value, Dedupe) else Dedupe(queue, value)
+    if not isinstance(made.key, str) or not 1 <= len(made.key) <= LONGEST_DEDUPE_KEY:
+        raise PayloadError({"dedupe_key": f"must be 1 to {LONGEST_DEDUPE_KEY} characters"})
+    # MySQL and MariaDB take two texts for equal that differ in spaces at their end
+    if made.key != made.key.strip() or _NOT_STORABLE.search(made.key):
+        said = "must not begin or end with a space, nor hold NUL or half of a character"
+        raise PayloadError({"dedupe_key": said})
+    return made
+
+
+_NOT_STORABLE = re.compile("[\x00\ud800-\udfff]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from shared.contracts import contracts
 from shared.errors import ContractError, HandlerAbortedError, HandlerTimeoutError
 from shared.events.client import QueueClient
 from shared.events.context import MessageContext
+from shared.events.inbox import HandledBefore, Inbox
 from shared.events.outcome import ExcInfo, RetryPolicy, broken, decide, settle
 from shared.lifecycle import Backoff, DeliveryStatus
 from shared.settings import refuse_start
@@ -30,6 +32,8 @@ from shared.types import (
     Subscription,
     check_name,
 )
+
+_log = logging.getLogger(__name__)
 
 LARGEST_BATCH = 1000
 """Deliveries of one batch; each is held in memory and under a lease."""
@@ -46,6 +50,9 @@ class EventHandler(NamekoEventHandler):
     :param batch_size: the handler takes a list of up to so many payloads, in one worker.
         What it raises, it raises for all of them.
     :param batch_timeout: seconds that an incomplete batch waits for more.
+    :param inbox: the name of the service's ``DatabaseSession`` in whose transaction the
+        handler has its effects: these then happen once, however often a message comes. What
+        it left uncommitted is committed when it returns.
     :param timeout: seconds after which :class:`~shared.errors.HandlerTimeoutError` is
         raised in the handler, at a point where it waits.
     """
@@ -66,6 +73,7 @@ class EventHandler(NamekoEventHandler):
         timeout: float | None = None,
         batch_size: int | None = None,
         batch_timeout: float = 0.05,
+        inbox: str | None = None,
         **kwargs: Any,
     ) -> None:
         if batch_size is not None and not 1 <= batch_size <= LARGEST_BATCH:
@@ -81,6 +89,8 @@ class EventHandler(NamekoEventHandler):
         self.timeout = timeout
         self.batch_size = batch_size
         self.batch_timeout = batch_timeout
+        self.inbox = inbox
+        self._inbox: Inbox | None = None
         self._gathered: list[Lease] = []
         super().__init__(
             source_service, event_type, handler_type, reliable_delivery, requeue_on_error, **kwargs
@@ -97,6 +107,10 @@ class EventHandler(NamekoEventHandler):
             reliable=self.reliable_delivery,
         )
         self._check_names()
+        if self.inbox is not None:
+            handler = f"{self.container.service_name}.{self.method_name}"
+            subscriber, days = self.subscription.subscriber, settings.inbox_days
+            self._inbox = Inbox.of(self.container, self.inbox, handler, subscriber, days)
         self.queue_consumer.register_provider(self)
 
     def stop(self) -> None:
@@ -186,7 +200,8 @@ class EventHandler(NamekoEventHandler):
         worker_ctx.leases = leases
         worker_ctx.message_context = messages if self.batch_size else messages[0]
         method = getattr(worker_ctx.service, self.method_name)
-        setattr(worker_ctx.service, self.method_name, partial(self._run, method))
+        run = self._run if self._inbox is None else partial(self._run_once, worker_ctx)
+        setattr(worker_ctx.service, self.method_name, partial(run, method))
 
     def _payload(self, lease: Lease) -> list[Any]:
         """Return the payload, or nothing when no attempt could make it succeed."""
@@ -200,10 +215,46 @@ class EventHandler(NamekoEventHandler):
         failure = Failure("Released", "the worker stopped")
         self._settle(Outcome(lease, DeliveryStatus.PENDING, failure))
 
+    def _run_once(self, worker_ctx: Any, method: Callable[..., Any], given: Any) -> Any:
+        """Run the handler for those of its messages that the inbox does not have yet."""
+        inbox: Any = self._inbox
+        if not self._drop_handled(worker_ctx, given):
+            return None
+        ids = [lease.delivery.message.id for lease in worker_ctx.leases]
+        try:
+            return inbox.run(worker_ctx.service, ids, partial(self._run, method, given))
+        except HandledBefore:
+            # by another worker, just now; what of a batch was not is handled again without
+            if self._drop_handled(worker_ctx, given):
+                while worker_ctx.leases:
+                    self._hand_back(worker_ctx.leases.pop())
+            return None
+
+    def _drop_handled(self, worker_ctx: Any, given: Any) -> bool:
+        """Say whether there is anything to run; settle what the inbox has, if there is more."""
+        leases = worker_ctx.leases
+        inbox: Any = self._inbox
+        ids = [lease.delivery.message.id for lease in leases]
+        handled = inbox.handled(ids)
+        for id_ in handled:
+            _log.info("handled before message_id=%s subscriber=%s", id_, inbox.subscriber)
+        if handled.issuperset(ids):
+            return False  # who returns now has completed all of them
+        # two copies of one message may be in a batch
+        left = [n for n, id_ in enumerate(ids) if id_ not in handled and id_ not in ids[:n]]
+        if len(left) < len(ids):
+            dropped = [lease for n, lease in enumerate(leases) if n not in left]
+            for each in (leases, worker_ctx.message_context, given):
+                # the lists that others hold
+                each[:] = [each[n] for n in left]
+            for lease in dropped:
+                self._settle(Outcome(lease, DeliveryStatus.COMPLETED))
+        return True
+
     def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return self._run_in_time(method, *args, **kwargs)
-        except (Exception, KeyboardInterrupt):
+        except (Exception, KeyboardInterrupt, HandledBefore):
             raise
         except BaseException as exc:
             if isinstance(exc, GreenletExit) and self.queue_consumer.is_stopping:

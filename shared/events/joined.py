@@ -12,8 +12,8 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared.database import CommitUncertainError, Transaction
-from shared.errors import QueueError
-from shared.events.commands import Call, Check, Consume, StopConsuming
+from shared.errors import ProviderError, QueueError
+from shared.events.commands import Ask, Call, Check, Consume, StopConsuming
 from shared.events.pump import RECONNECT_SECONDS, SIGN_SECONDS, Pump, Turn
 from shared.native import select as wait_readable
 from shared.store import attempts, subscriptions
@@ -80,10 +80,18 @@ class JoinedPump(Pump):
             case Check():
                 is_up = self._connected and self._provider.health_check()
                 self._mailbox.answer(command.promise.resolve, is_up)
+            case Ask():
+                self._ask(command)
             case Consume():
                 self._consuming, self._workers = command, command.workers
             case StopConsuming():
                 self._workers = 0
+
+    def _ask(self, command: Ask) -> None:
+        try:
+            self._mailbox.answer(command.promise.resolve, command.function(self._provider))
+        except ProviderError as exc:
+            self._mailbox.answer(command.promise.reject, exc)
 
     def _connect(self) -> None:
         if not self._connected:

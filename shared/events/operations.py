@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -12,11 +13,19 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared.database import database_url, make_reader, utc_now
-from shared.errors import StoreUnavailableError
+from shared.errors import ProviderError, StoreUnavailableError
+from shared.events.audit import Audit
 from shared.events.client import QueueClient
 from shared.events.dispatcher import make_envelope
+from shared.native import Mailbox, Thread
 from shared.settings import refuse_start, settings_or_exit
-from shared.store import log, queries
+from shared.store import queries, repair
+from shared.types import Dedupe
+
+_log = logging.getLogger(__name__)
+
+FINISH_SECONDS = 3.0
+"""How long a stop waits for an audit that is being made."""
 
 
 class LogReader(SharedExtension):
@@ -93,11 +102,15 @@ class QueueService(DependencyProvider):
         scheduled_at: datetime | None = None,
         delay: float | None = None,
         max_retries: int | None = None,
+        dedupe_key: str | Dedupe | None = None,
     ) -> str:
         """Publish one message; return its id once it is stored.
 
+        :param dedupe_key: what was published with it before is not stored again; its id is
+            returned.
         :raises PayloadError: when it cannot be sent as it is; nothing was stored.
         :raises DispatchError: when it could not be stored; nothing was.
+        :raises DedupeConflictError: when the key came before with another fingerprint.
         """
         envelope = make_envelope(
             self.client.settings,
@@ -109,9 +122,9 @@ class QueueService(DependencyProvider):
             scheduled_at=scheduled_at,
             delay=delay,
             max_retries=max_retries,
+            dedupe_key=dedupe_key,
         )
-        self.client.append([envelope])
-        return envelope.id
+        return self.client.append([envelope])[0]
 
     def get_queue_stats(self, queue_name: str) -> dict[str, Any] | None:
         """Return the counts of a queue; ``None`` when nothing is known of it."""
@@ -125,7 +138,7 @@ class QueueService(DependencyProvider):
         """
 
         def retry(tx: Any) -> tuple[int, Any]:
-            failed = log.retry_failed(tx, message_id)
+            failed = repair.retry_message(tx, message_id)
             return len(failed), failed
 
         retried: int = self.client.call(retry)
@@ -149,6 +162,57 @@ class QueueService(DependencyProvider):
             "database": {"status": "up" if is_database_up else "down"},
             "consumers": {"status": "silent" if silent else "live", "silent": silent},
         }
+
+
+class AuditTimer(DependencyProvider):
+    """Audits the queue every ``QUEUE_AUDIT_SECONDS``, and puts right what it finds.
+
+    In a native thread, for it may wait for the broker. One process is enough; more do no harm.
+    """
+
+    client = QueueClient()
+
+    def setup(self) -> None:
+        settings = self.client.settings
+        self._seconds = settings.audit if settings.log else 0.0
+        if self._seconds:
+            self._audit = Audit(settings)
+            self._mailbox = Mailbox()
+            self._thread = Thread(self._run, "queue-audit")
+
+    def start(self) -> None:
+        if self._seconds:
+            self._mailbox.open()
+            self._thread.start()
+
+    def stop(self) -> None:
+        if self._seconds:
+            self._mailbox.send(None)
+            if self._thread.join(FINISH_SECONDS):
+                self._mailbox.close()
+            self._seconds = 0.0
+
+    def _run(self) -> None:
+        inbox = self._mailbox.inbox
+        inbox.wait(self._seconds)
+        while not inbox.take():
+            self._once()
+            inbox.wait(self._seconds)
+
+    def _once(self) -> None:
+        try:
+            found = self._audit.look()
+            if not found.are_none:
+                self._audit.repair(found)
+                self._say(logging.WARNING, "audit: %s; repaired", found)
+                self._mailbox.answer(self.client.relay)
+        except (ProviderError, StoreUnavailableError) as exc:
+            self._say(logging.WARNING, "audit put off: %s", exc)
+        finally:
+            self._audit.close()
+
+    def _say(self, level: int, text: str, *args: Any) -> None:
+        self._mailbox.answer(_log.log, level, text, *args)
 
 
 def _silent(connection: Connection) -> list[str]:

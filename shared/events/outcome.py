@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import sysconfig
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from shared.errors import ContractError, Reject, Retry
@@ -52,9 +54,35 @@ def broken(lease: Lease, error: ContractError) -> Outcome:
 
 def failure_of(exc_info: ExcInfo) -> Failure:
     """Describe an exception as text to be stored."""
-    kind, error, _ = exc_info
+    kind, error, trace = exc_info
     text = "".join(traceback.format_exception(*exc_info))
-    return Failure(kind.__name__, _text_of(error) or kind.__name__, text)
+    return Failure(kind.__name__, _text_of(error) or kind.__name__, text, place_of(trace))
+
+
+def place_of(trace: TracebackType | None) -> str:
+    """Return module and function of the last frame that is neither a library's nor ours.
+
+    A service that is installed among the libraries has its first frame after ours. Lines
+    are left out: they differ from one release to the next.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(trace) if not _is_machinery(frame)]
+    own = [frame for frame in frames if not frame.f_code.co_filename.startswith(_LIBRARIES)]
+    at = own[-1] if own else frames[0] if frames else None
+    return f"{at.f_globals.get('__name__', '?')}.{at.f_code.co_qualname}" if at else ""
+
+
+def _is_machinery(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith(_MACHINERY)
+
+
+_MACHINERY = ("shared.", "nameko.", "eventlet.")
+"""What runs handlers, and is no part of them."""
+
+_LIBRARIES = (
+    *(sysconfig.get_path(x) + os.sep for x in ("stdlib", "platstdlib", "purelib", "platlib")),
+    "<frozen",
+)
+"""What the files of Python and of what is installed into it begin with."""
 
 
 def _text_of(error: BaseException) -> str:

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from shared.database import (
     CommitUncertainError,
@@ -32,6 +31,7 @@ from shared.database import (
 )
 from shared.errors import (
     DispatchError,
+    DispatchRefusedError,
     DispatchUncertainError,
     ProviderError,
     QueueError,
@@ -42,10 +42,11 @@ from shared.lifecycle import DeliveryStatus
 from shared.native import Mailbox, sleep
 from shared.providers import QueueProvider
 from shared.settings import Settings
-from shared.store import attempts, log
+from shared.store import attempts, dedupe, log
+from shared.store.dedupe import First
 from shared.store.log import Handover
 from shared.store.migrate import LOG, missing, upgrade_sqlite
-from shared.types import Delivery, Failure, Lease, Outcome, Subscription
+from shared.types import Delivery, Envelope, Failure, Lease, Outcome, Subscription
 
 SIGN_SECONDS = 10.0
 """How often the log is told that the subscriptions have a live consumer: a third of
@@ -70,6 +71,13 @@ class Turn:
     stored: list[Outcome] = field(default_factory=list)
     refused: list[Outcome] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
+    firsts: dict[str, First] = field(default_factory=dict)
+    """By message id: what was dispatched with its key before."""
+
+    def ids_of(self, append: Append) -> list[str]:
+        """Return the ids by which its events are stored."""
+        firsts = self.firsts
+        return [firsts[e.id].message_id if e.id in firsts else e.id for e in append.envelopes]
 
 
 class Pump(ABC):
@@ -107,9 +115,11 @@ class Pump(ABC):
         self._finishing = False
         self._sign_at = 0.0
         self._die_at: float | None = None
+        self.is_over = False
+        """Whether it has handed back all that it had."""
 
     def die_by(self, deadline: float) -> None:
-        """Signal handler: end the process at ``deadline``, a monotonic time, come what may."""
+        """Signal handler: hand back everything at ``deadline``, a monotonic time."""
         self._die_at = deadline
         self._mailbox.inbox.ring()
 
@@ -125,6 +135,7 @@ class Pump(ABC):
         finally:
             self._close()
             self._database.close()
+            self.is_over = True
 
     # --- what the two kinds do each in its way
 
@@ -166,7 +177,10 @@ class Pump(ABC):
     def _turn(self) -> None:
         turn, calls = self._take()
         if self._die_at is not None and monotonic() >= self._die_at:
-            self._die(turn)
+            # run() hands back what there is
+            self._unsaved += turn.outcomes
+            self._finishing = True
+            return
         try:
             self._connect()
             self._keep_up()
@@ -235,7 +249,9 @@ class Pump(ABC):
             except QueueError:
                 raise  # what is left of the turn is put off
             except Exception as exc:
-                error = DispatchError(f"nothing was stored: {exc}")
+                # a table that is not there is no fault of the event
+                kind = DispatchError if isinstance(exc, ProgrammingError) else DispatchRefusedError
+                error = kind(f"nothing was stored: {exc}")
                 self._mailbox.answer(appends[0].promise.reject, error)
             del appends[0]
 
@@ -253,13 +269,25 @@ class Pump(ABC):
 
     def _store(self, tx: Transaction, turn: Turn) -> None:
         turn.new, turn.stored, turn.refused, turn.touched = [], [], [], set()
+        turn.firsts = {}
         limit = self._settings.retries.limit
         for again in (False, True):
             envelopes = [e for a in turn.appends if a.again is again for e in a.envelopes]
+            if any(envelope.dedupe for envelope in envelopes):
+                envelopes = self._unknown(tx, turn, envelopes, again)
             if envelopes:
                 turn.new += log.append(tx, envelopes, limit, again=again, handover=self._handover)
         if turn.outcomes:
             self._record(tx, turn)
+
+    @staticmethod
+    def _unknown(
+        tx: Transaction, turn: Turn, envelopes: Sequence[Envelope], again: bool
+    ) -> list[Envelope]:
+        """Return what no earlier dispatch had the key of; note what had it for the others."""
+        stored = log.stored_ids(tx, [envelope.id for envelope in envelopes]) if again else ()
+        turn.firsts |= dedupe.known(tx, [x for x in envelopes if x.id not in stored])
+        return [envelope for envelope in envelopes if envelope.id not in turn.firsts]
 
     def _record(self, tx: Transaction, turn: Turn) -> None:
         turn.stored, turn.refused = attempts.record(tx, turn.outcomes)
@@ -268,7 +296,7 @@ class Pump(ABC):
     def _confirm(self, turn: Turn) -> None:
         """Tell what is stored: it stays so, whatever becomes of the rest of the turn."""
         for append in turn.appends:
-            self._mailbox.answer(append.promise.resolve, None)
+            self._mailbox.answer(append.promise.resolve, turn.firsts)
         for outcome in turn.refused:
             self._say_refused(outcome)
         turn.appends, turn.outcomes = [], []
@@ -303,15 +331,15 @@ class Pump(ABC):
     def _resolve_uncertain(self, turn: Turn, exc: CommitUncertainError) -> None:
         """Find out whether a COMMIT took place, by the ids that the client made."""
         self._unsaved += turn.outcomes
-        ids = [envelope.id for append in turn.appends for envelope in append.envelopes]
+        ids = [id_ for append in turn.appends for id_ in turn.ids_of(append)]
         stored = self._stored(ids) if ids else set()
         for append in turn.appends:
-            its = [envelope.id for envelope in append.envelopes]
+            its = turn.ids_of(append)
             if stored is None:
                 error: DispatchError = DispatchUncertainError(its, str(exc))
                 self._mailbox.answer(append.promise.reject, error)
             elif stored.issuperset(its):
-                self._mailbox.answer(append.promise.resolve, None)
+                self._mailbox.answer(append.promise.resolve, turn.firsts)
             else:
                 error = DispatchError(f"nothing was stored: {exc}")
                 self._mailbox.answer(append.promise.reject, error)
@@ -350,10 +378,3 @@ class Pump(ABC):
     @abstractmethod
     def _retire(self, own: list[Subscription]) -> None:
         """End subscriptions that live only as long as this instance."""
-
-    def _die(self, turn: Turn) -> None:
-        self._unsaved += turn.outcomes
-        self._end()
-        self._close()
-        os.write(2, b"grace time over: what still ran was handed back\n")
-        os._exit(0)

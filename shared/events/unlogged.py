@@ -6,7 +6,6 @@ For who wants retries, priorities and delays, and nothing recorded: ``QUEUE_LOG=
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from shared.events.commands import (
     Declared,
     Down,
     Finish,
+    Lost,
     Noticed,
     Publish,
     Published,
@@ -71,7 +71,7 @@ class UnloggedPump:
         self._on_leases = on_leases
         self._say_on_hub = say
         self._on_crash = on_crash
-        self._carrier = Carrier(settings, provider, mailbox.send, self._resolve)
+        self._carrier = Carrier(settings, provider, mailbox.send, mailbox.answer)
         self._thread = Thread(self._carrier.run, "queue-carrier")
         self._consuming: Consume | None = None
         self._mine: list[Subscription] = []
@@ -79,6 +79,7 @@ class UnloggedPump:
         self._reason = "the broker did not answer yet"
         self._finishing = False
         self._die_at: float | None = None
+        self.is_over = False
         self._handlers: dict[type, Callable[[Any], None]] = {
             Append: self._append,
             Call: self._refuse,
@@ -96,10 +97,11 @@ class UnloggedPump:
             Down: self._take_down,
             Crashed: self._take_crashed,
             Noticed: self._take_notice,
+            Lost: self._tolerate,
         }
 
     def die_by(self, deadline: float) -> None:
-        """Signal handler: end the process at ``deadline``, a monotonic time, come what may."""
+        """Signal handler: hand back everything at ``deadline``, a monotonic time."""
         self._die_at = deadline
         self._mailbox.inbox.ring()
 
@@ -114,6 +116,7 @@ class UnloggedPump:
             self._mailbox.answer(self._on_crash, exc)
         finally:
             self._end()
+            self.is_over = True
 
     def _seconds_left(self) -> float:
         return IDLE_SECONDS if self._die_at is None else max(0.0, self._die_at - monotonic())
@@ -122,8 +125,7 @@ class UnloggedPump:
         for command in self._mailbox.inbox.take():
             self._handlers[type(command)](command)
         if self._die_at is not None and monotonic() >= self._die_at:
-            self._end()
-            os._exit(0)
+            self._finishing = True
 
     # --- from the hub
 
@@ -187,6 +189,9 @@ class UnloggedPump:
     def _take_notice(self, report: Noticed) -> None:
         self._mailbox.answer(self._say_on_hub, logging.WARNING, "%s", report.text)
 
+    def _tolerate(self, _report: Any) -> None:
+        """Do nothing: whoever got it as well handles it twice, and no log knows."""
+
     def _take_crashed(self, report: Crashed) -> None:
         raise report.error
 
@@ -194,9 +199,6 @@ class UnloggedPump:
 
     def _tell(self, command: Any) -> None:
         self._carrier.inbox.send(command)
-
-    def _resolve(self, promise: Promise, value: bool) -> None:
-        self._mailbox.answer(promise.resolve, value)
 
     def _end(self) -> None:
         self._tell(Finish())

@@ -41,6 +41,8 @@ class Capabilities:
     """Leased and scheduled deliveries can be counted and purged, not waiting ones alone."""
     fans_out: bool = False
     """What is dispatched reaches who listens at the server, whether or not the log knows them."""
+    lists: bool = False
+    """It can say of each delivery whether it has it (``holds``); else it is counted."""
     nameko_rpc: bool = False
     """Its server is the one that nameko's own RPC is made for."""
 
@@ -159,6 +161,10 @@ class QueueProvider(ABC):
         """Take back a pause."""
 
     @abstractmethod
+    def is_paused(self, subscription: Subscription) -> bool:
+        """Say whether a subscription is paused, as far as who consumes it has heard."""
+
+    @abstractmethod
     def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
         """Return the next deliveries that would be reserved, without reserving them."""
 
@@ -169,3 +175,23 @@ class QueueProvider(ABC):
     @abstractmethod
     def forget(self, subscription: Subscription) -> None:
         """Remove a subscription that was retired, with all that it has."""
+
+    # --- what an audit asks; a provider that cannot answer leaves these as they are
+
+    def holds(self, queue: str, seqs: Sequence[int]) -> set[int]:
+        """Return which of these deliveries of a queue it has, in whatever state.
+
+        :raises UnsupportedByProviderError: unless it ``lists``.
+        """
+        raise UnsupportedByProviderError(f"{self.settings.provider} cannot list what it has")
+
+    def count_delayed(self) -> int | None:
+        """Count what waits for a time, of all subscriptions together.
+
+        :returns: ``None`` where that cannot be told.
+        """
+        return None
+
+    def shares(self, subscription: Subscription) -> bool:
+        """Say whether others than us take from its queue, too: what is not there they may have."""
+        return False

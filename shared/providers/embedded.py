@@ -174,6 +174,12 @@ class EmbeddedProvider(QueueProvider):
         self._set_paused(subscription.id, False)
         self._bell.ring({subscription.id})
 
+    def is_paused(self, subscription: Subscription) -> bool:
+        s = subscriptions.c
+        with self._joined(None) as tx:
+            found = select(s.paused_at).where(s.id == subscription.id)
+            return tx.connection.execute(found).scalar() is not None
+
     def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
         with self._joined(None) as tx:
             values = {"id": subscription.id, "limit": limit, "offset": 0}
@@ -182,7 +188,7 @@ class EmbeddedProvider(QueueProvider):
 
     def purge(self, subscription: Subscription) -> int:
         with self._joined(None) as tx:
-            return _PURGE.change(tx, {"id": subscription.id})
+            return _PURGE.count_changed(tx, {"id": subscription.id})
 
     def forget(self, subscription: Subscription) -> None:
         """Do nothing: the log discarded what it had."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from shared.rpc import messages
 from shared.rpc.carrier import Carrier, Finish, Free, Join, RefusedError, Send, StopServing
 from shared.rpc.messages import Request
 from shared.settings import Settings, settings_or_exit
+from shared.stopping import stopper
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class RpcClient(SharedExtension):
             return
         self._mailbox.open()
         self._thread.start()
-        self._chain_signal()
+        stopper.add(self._mailbox.rouse)
         self._server = self.container.spawn_managed_thread(self._serve_all, identifier="rpc-client")
         self._join()
 
@@ -86,7 +86,7 @@ class RpcClient(SharedExtension):
         if self._thread is None:
             return
         if self._is_stopped:
-            # a second signal stops everything once more, and must not end it sooner
+            # whoever stops everything once more must not end it sooner
             self._thread.join(FINISH_SECONDS)
             return
         self._is_stopped = True
@@ -97,6 +97,7 @@ class RpcClient(SharedExtension):
             _log.error("the last replies could not be sent in %s s", FINISH_SECONDS)
             return
         self._server.kill()
+        stopper.remove(self._mailbox.rouse)
         self._mailbox.close()
 
     def kill(self) -> None:
@@ -233,19 +234,6 @@ class RpcClient(SharedExtension):
             if worker_ctx.entrypoint in self._methods.values():
                 _log.warning("grace time over: %s is ended", worker_ctx.call_id)
                 greenthread.kill()
-
-    def _chain_signal(self) -> None:
-        """On SIGTERM wake the hub, which else sleeps on and does not hear of it."""
-        before = signal.getsignal(signal.SIGTERM)
-        if not callable(before):
-            return
-
-        def on_signal(number: int, frame: Any) -> None:
-            before(number, frame)
-            if not self._is_stopped:
-                self._mailbox.rouse()
-
-        signal.signal(signal.SIGTERM, on_signal)
 
     def _crash(self, error: BaseException) -> None:
         _log.critical("the thread of RPC ended", exc_info=error)

@@ -20,9 +20,10 @@ from shared.tables import deliveries
 from shared.types import Envelope, Lease, new_message_id
 
 _FOUND = Prepared(
-    select(deliveries.c.seq, deliveries.c.message_id, deliveries.c.subscription_id).where(
-        deliveries.c.message_id.in_(bindparam("ids", expanding=True))
-    )
+    select(deliveries.c.seq, deliveries.c.message_id, deliveries.c.subscription_id)
+    .where(deliveries.c.message_id.in_(bindparam("ids", expanding=True)))
+    # of one that was put off the newest counts, which took the place of the others
+    .order_by(deliveries.c.seq)
 )
 
 

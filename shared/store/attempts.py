@@ -30,6 +30,7 @@ from sqlalchemy import (
 from shared.database import Transaction
 from shared.lifecycle import FINAL, MAX_TAKEOVERS, WAITING, DeliveryStatus, sources_of
 from shared.statements import Prepared
+from shared.store import failures
 from shared.store.summary import lock, refresh, summarise
 from shared.tables import attempts, deliveries
 from shared.types import Failure, Lease, Outcome, SettleAction, Settlement
@@ -485,6 +486,7 @@ def _bury(tx: Transaction, dead: list[tuple[Any, Failure | None]]) -> None:
     """Make dead letters."""
     rows = [{**_error_row(state, failure), "its_end": tx.now} for state, failure in dead]
     _TO_FAILED.change_many(tx, rows)
+    failures.add(tx, [(state.seq, *_group(failure)) for state, failure in dead])
     _write_history(tx, [(state, "failed", failure, None) for state, failure in dead])
 
 
@@ -503,6 +505,11 @@ def _error_row(state: Any, failure: Failure | None) -> dict[str, Any]:
         "its_error_type": _storable(failure.type, 255),
         "its_error": _storable(failure.message),
     }
+
+
+def _group(failure: Failure | None) -> tuple[str, str]:
+    failure = failure or Failure("Unknown", "")
+    return _storable(failure.type, 255), _storable(failure.place, 255)
 
 
 def _storable(words: str, length: int = LONGEST_ERROR) -> str:

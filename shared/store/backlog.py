@@ -14,7 +14,18 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from sqlalchemy import Integer, bindparam, exists, func, or_, select, true, update
+from sqlalchemy import (
+    Integer,
+    bindparam,
+    exists,
+    false,
+    func,
+    literal_column,
+    or_,
+    select,
+    true,
+    update,
+)
 
 from shared.database import Transaction
 from shared.lifecycle import WAITING, DeliveryStatus, MessageStatus
@@ -37,6 +48,9 @@ PUBLISH_SECONDS = 30.0
 FRESH_SECONDS = 12.0
 """How long others wait with what is newer than what somebody took to publish it: longer than a
 provider waits for an answer of its server."""
+
+LATE_SECONDS = 2.0
+"""How long after its time a provider may make a delivery ready."""
 
 MOST_AT_ONCE = 500
 """Deliveries taken at once of each subscription."""
@@ -83,6 +97,21 @@ _OLDEST_IN_HAND = Prepared(
     .where(c.subscription_id.in_(_IDS), c.lease_expires_at > bindparam("since"), _IS_WAITING)
     .group_by(c.subscription_id)
 )
+_OLDEST_DUE = Prepared(
+    select(c.subscription_id, func.min(c.seq).label("seq"))
+    .where(
+        c.subscription_id.in_(_IDS),
+        # what SQLite has in its index
+        c.status != literal_column("'completed'"),
+        _IS_WAITING,
+        c.ready == false(),
+        c.lease_expires_at.is_(None),
+        or_(
+            c.available_at.is_(None), c.available_at <= bindparam("due", type_=c.available_at.type)
+        ),
+    )
+    .group_by(c.subscription_id)
+)
 _ALL_OF = Prepared(
     select(
         c.seq,
@@ -123,6 +152,12 @@ _UNMARK = Prepared(
     .where(messages.c.id.in_(_IDS), messages.c.status == MessageStatus.PENDING)
     .values(updated_at=messages.c.created_at)
 )
+
+
+def oldest_due(tx: Transaction, subscription_ids: Sequence[int]) -> dict[int, int]:
+    """Return of each subscription the oldest delivery that the provider should hand out now."""
+    due = {"ids": subscription_ids, "due": tx.later(-LATE_SECONDS)}
+    return {row.subscription_id: row.seq for row in _OLDEST_DUE.fetch(tx, due)}
 
 
 def published(tx: Transaction, deliveries: Sequence[Delivery]) -> None:

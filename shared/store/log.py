@@ -16,22 +16,11 @@ from typing import Any, NamedTuple
 from sqlalchemy import and_, bindparam, case, insert, select, update
 
 from shared.database import Transaction
-from shared.errors import MessageNotFoundError, NothingToRetryError
-from shared.lifecycle import (
-    DeliveryStatus,
-    MessageStatus,
-)
+from shared.lifecycle import MessageStatus
 from shared.statements import Prepared
+from shared.store import causes
 from shared.store.subscriptions import FORGOTTEN_AFTER_SECONDS, gets_events, subscribers_of
-from shared.store.summary import refresh
-from shared.tables import (
-    MESSAGE_COLUMNS,
-    OWN_METADATA,
-    deliveries,
-    envelope_of,
-    messages,
-    subscriptions,
-)
+from shared.tables import OWN_METADATA, deliveries, messages, subscriptions
 from shared.types import Delivery, Envelope, Priority
 
 _STORED = Prepared(select(messages.c.id).where(messages.c.id.in_(bindparam("ids", expanding=True))))
@@ -148,6 +137,7 @@ def append(
         return []
     timed = [_with_times(tx, envelope) for envelope in envelopes]
     _ADD_MESSAGES.change_many(tx, [_message_row(tx, e, max_retries) for e in timed])
+    causes.note(tx, timed)
     add = _add_at_once if _can_add_at_once(tx, timed) else _add_singly
     new = add(tx, timed, handover)
     routed = {delivery.message.id for delivery in new}
@@ -284,50 +274,3 @@ def _new_deliveries(tx: Transaction, envelopes: Sequence[Envelope]) -> list[Deli
 def seconds_until(tx: Transaction, time: datetime | None) -> float:
     """Return how far off a time is by the database's clock; 0 for one in the past, or none."""
     return 0.0 if time is None else max(0.0, (time - tx.now).total_seconds())
-
-
-# --- repair
-
-
-def retry_failed(tx: Transaction, message_id: str) -> list[Delivery]:
-    """Let the failed deliveries of a message wait again, attempts counted from zero.
-
-    :returns: them, to be published by a provider in the log; one apart finds them ready.
-    :raises MessageNotFoundError: when there is no such message.
-    :raises NothingToRetryError: when none of its deliveries had failed.
-    """
-    its = messages.c.id == message_id
-    # locked: somebody may be doing the same
-    row = tx.connection.execute(select(*MESSAGE_COLUMNS).where(its).with_for_update()).first()
-    if row is None:
-        raise MessageNotFoundError(f"no message {message_id}")
-    c = deliveries.c
-    # nobody would ever handle it for a subscription that is retired
-    found = tx.connection.execute(
-        select(c.seq, c.subscription_id, c.lease_token)
-        .select_from(deliveries.join(subscriptions))
-        .where(
-            c.message_id == message_id,
-            c.status == DeliveryStatus.FAILED,
-            subscriptions.c.retired_at.is_(None),
-        )
-    ).all()
-    if not found:
-        raise NothingToRetryError(f"message {message_id} has no failed delivery to be retried")
-    tx.connection.execute(
-        update(deliveries)
-        .where(c.seq.in_([row.seq for row in found]), c.status == DeliveryStatus.FAILED)
-        .values(
-            status=DeliveryStatus.PENDING,
-            attempts=0,
-            takeovers=0,
-            processed_at=None,
-            error_type=None,
-            error_message=None,
-        )
-    )
-    refresh(tx, [message_id])
-    envelope = envelope_of(row)
-    return [
-        Delivery(row.seq, row.subscription_id, envelope, token=row.lease_token) for row in found
-    ]

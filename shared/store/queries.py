@@ -57,9 +57,9 @@ def message(connection: Connection, message_id: str) -> dict[str, Any]:
         "retryCount": row["retry_count"],
         "maxRetries": row["max_retries"],
         "metadata": json.loads(row["metadata"] or "{}"),
-        "createdAt": _iso(row["created_at"]),
-        "scheduledAt": _iso(row["scheduled_at"]),
-        "processedAt": _iso(row["processed_at"]),
+        "createdAt": iso(row["created_at"]),
+        "scheduledAt": iso(row["scheduled_at"]),
+        "processedAt": iso(row["processed_at"]),
         "errorMessage": row["error_message"],
         "deliveries": _deliveries(connection, message_id),
     }
@@ -157,9 +157,9 @@ def _deliveries(connection: Connection, message_id: str) -> list[dict[str, Any]]
             "status": row["status"],
             "attempts": row["attempts"],
             "takeovers": row["takeovers"],
-            "availableAt": _iso(row["available_at"]),
-            "startedAt": _iso(row["started_at"]),
-            "processedAt": _iso(row["processed_at"]),
+            "availableAt": iso(row["available_at"]),
+            "startedAt": iso(row["started_at"]),
+            "processedAt": iso(row["processed_at"]),
             "worker": row["worker"],
             "errorType": row["error_type"],
             "errorMessage": row["error_message"],
@@ -177,9 +177,9 @@ def _history(connection: Connection, seq: int) -> list[dict[str, Any]]:
         {
             "attempt": row["number"],
             "outcome": row["outcome"],
-            "startedAt": _iso(row["started_at"]),
-            "endedAt": _iso(row["ended_at"]),
-            "retryAt": _iso(row["retry_at"]),
+            "startedAt": iso(row["started_at"]),
+            "endedAt": iso(row["ended_at"]),
+            "retryAt": iso(row["retry_at"]),
             "worker": row["worker"],
             "errorType": row["error_type"],
             "errorMessage": row["error_message"],
@@ -189,5 +189,6 @@ def _history(connection: Connection, seq: int) -> list[dict[str, Any]]:
     ]
 
 
-def _iso(time: datetime | None) -> str | None:
+def iso(time: datetime | None) -> str | None:
+    """Return a time as JSON has it: UTC, to the millisecond."""
     return None if time is None else time.isoformat(timespec="milliseconds") + "Z"

@@ -8,14 +8,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    bindparam,
+    delete,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 
 from shared.database import Transaction
 from shared.lifecycle import WAITING, DeliveryStatus
 from shared.statements import Prepared
 from shared.store.summary import lock, refresh
-from shared.tables import SUBSCRIPTION_COLUMNS, deliveries, subscription_of, subscriptions
+from shared.tables import SUBSCRIPTION_COLUMNS, deliveries, pauses, subscription_of, subscriptions
 from shared.types import Envelope, Subscription
 
 SILENT_AFTER_SECONDS = 30.0
@@ -86,6 +96,13 @@ def sign(tx: Transaction, subscription_ids: Sequence[int]) -> None:
     )
 
 
+def unsign(tx: Transaction, subscription_ids: Sequence[int]) -> None:
+    """Note that these subscriptions have no consumer that gets anything."""
+    tx.connection.execute(
+        update(subscriptions).where(subscriptions.c.id.in_(subscription_ids)).values(seen_at=None)
+    )
+
+
 def retire(tx: Transaction, subscription_ids: Sequence[int]) -> None:
     """End subscriptions: no further events for them, and what is open is discarded."""
     tx.connection.execute(
@@ -94,6 +111,19 @@ def retire(tx: Transaction, subscription_ids: Sequence[int]) -> None:
         .values(retired_at=tx.now)
     )
     refresh(tx, _discard_open(tx, subscription_ids))
+
+
+def set_paused(tx: Transaction, subscription_ids: Sequence[int], by: str | None) -> None:
+    """Note who paused subscriptions, or with ``None`` that they go on."""
+    tx.connection.execute(
+        update(subscriptions)
+        .where(subscriptions.c.id.in_(subscription_ids))
+        .values(paused_at=tx.now if by else None)
+    )
+    tx.connection.execute(delete(pauses).where(pauses.c.subscription_id.in_(subscription_ids)))
+    rows = [{"subscription_id": each, "paused_by": by} for each in subscription_ids if by]
+    if rows:
+        tx.connection.execute(insert(pauses), rows)
 
 
 def retire_forgotten(tx: Transaction) -> list[Subscription]:

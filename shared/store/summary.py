@@ -50,7 +50,7 @@ def lock(tx: Transaction, message_ids: Iterable[str]) -> None:
     """
     ids = sorted(message_ids)
     if ids and tx.connection.dialect.name != "sqlite":  # there the whole transaction is the lock
-        _LOCK.fetch(tx, {"ids": ids})
+        _LOCK.change(tx, {"ids": ids})
 
 
 def refresh(tx: Transaction, message_ids: Iterable[str]) -> None:

@@ -15,7 +15,8 @@ Example::
 
 A method returns a dict, ``(status, dict)``, ``(status, headers, dict)``, ``(204, None)``
 or a werkzeug ``Response``. ``body`` is what the schema loaded, and passed only where there
-is a schema. What the suite itself raises becomes a problem too: see :func:`problem_of`.
+is a schema; what ``query=`` loaded comes before it. What the suite itself raises becomes a
+problem too: see :func:`problem_of`.
 """
 
 from shared.web.entrypoint import http

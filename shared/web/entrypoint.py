@@ -12,7 +12,7 @@ from werkzeug.wrappers import Request, Response
 
 from shared.settings import Settings
 from shared.web.problems import ANSWERS, problem_of
-from shared.web.requests import load, read_json
+from shared.web.requests import load, read_json, read_query
 from shared.web.responses import response_of
 from shared.web.server import WebServer
 
@@ -27,6 +27,7 @@ class HttpEntrypoint(HttpRequestHandler):
     :param method: such as ``POST``, or several, separated by commas.
     :param url: werkzeug's rule; its values come as keyword arguments.
     :param schema: a marshmallow schema for the body, which must then be a JSON object.
+    :param query: a marshmallow schema for the parameters of the query.
     :param guard: called with the request and the settings before anything is read;
         raises :class:`Problem` for a caller who may not.
     """
@@ -39,6 +40,7 @@ class HttpEntrypoint(HttpRequestHandler):
         url: str,
         *,
         schema: type[Schema] | None = None,
+        query: type[Schema] | None = None,
         guard: Guard | None = None,
         expected_exceptions: type[Exception] | tuple[type[Exception], ...] = (),
         **kwargs: Any,
@@ -49,6 +51,7 @@ class HttpEntrypoint(HttpRequestHandler):
             method, url, expected_exceptions=(*ANSWERS, *expected_exceptions), **kwargs
         )
         self.schema = schema
+        self.query = query
         self.guard = guard
 
     def get_entrypoint_parameters(self, request: Request) -> tuple[tuple[Any, ...], Any]:
@@ -56,9 +59,11 @@ class HttpEntrypoint(HttpRequestHandler):
         if self.guard is not None:
             self.guard(request, settings)
         args: tuple[Any, ...] = (request,)
+        if self.query is not None:
+            args = (request, load(self.query, read_query(request)))
         if self.schema is not None:
             body = read_json(request, settings.max_payload_bytes)
-            args = (request, load(self.schema, body))
+            args = (*args, load(self.schema, body))
         self.server.refuse_when_stopping()
         return args, request.path_values  # type: ignore[attr-defined]
 

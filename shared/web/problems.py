@@ -13,14 +13,19 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.wrappers import Request, Response
 
 from shared.errors import (
+    DedupeConflictError,
     DispatchError,
     DispatchUncertainError,
     MessageNotFoundError,
+    NothingToChangeError,
     NothingToRetryError,
     PayloadError,
     ProviderUnavailableError,
+    QueueError,
     RpcTimeoutError,
     StoreUnavailableError,
+    SubscriptionLiveError,
+    SubscriptionNotFoundError,
 )
 from shared.web.responses import json_response
 
@@ -78,10 +83,17 @@ def problem_of(error: BaseException) -> Problem:
             return error
         case PayloadError():
             return invalid(error.errors)
-        case MessageNotFoundError():
-            return Problem(404, "message-not-found", "No such message", detail=str(error))
-        case NothingToRetryError():
-            return Problem(409, "nothing-to-retry", "Nothing to retry", detail=str(error))
+        case DedupeConflictError():
+            return Problem(
+                422,
+                "idempotency-key-reused",
+                "The Idempotency-Key is used already",
+                detail="A request with this Idempotency-Key came before, with another body",
+            )
+        case MessageNotFoundError() | SubscriptionNotFoundError():
+            return _missing(error)
+        case NothingToChangeError() | SubscriptionLiveError():
+            return _conflict(error)
         case DispatchUncertainError():
             return _uncertain(error)
         case _ if isinstance(error, _UNAVAILABLE):
@@ -89,11 +101,30 @@ def problem_of(error: BaseException) -> Problem:
     return Problem(500, "internal-error", "Internal error")
 
 
+def _missing(error: QueueError) -> Problem:
+    if isinstance(error, SubscriptionNotFoundError):
+        return Problem(404, "subscription-not-found", "No such subscription", detail=str(error))
+    return Problem(404, "message-not-found", "No such message", detail=str(error))
+
+
+def _conflict(error: QueueError) -> Problem:
+    match error:
+        case NothingToRetryError():
+            return Problem(409, "nothing-to-retry", "Nothing to retry", detail=str(error))
+        case SubscriptionLiveError():
+            return Problem(409, "subscription-live", "It has a live consumer", detail=str(error))
+    return Problem(409, "nothing-to-change", "Nothing to change", detail=str(error))
+
+
 ANSWERS = (
     Problem,
     PayloadError,
+    DedupeConflictError,
     MessageNotFoundError,
-    NothingToRetryError,
+    NothingToChangeError,
+    SubscriptionNotFoundError,
+    SubscriptionLiveError,
+    ProviderUnavailableError,
     DispatchError,
     StoreUnavailableError,
 )

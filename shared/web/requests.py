@@ -60,6 +60,18 @@ def _read_body(request: Request, most_bytes: int) -> bytes:
     return raw
 
 
+def read_query(request: Request) -> dict[str, str]:
+    """Return the parameters of a query.
+
+    :raises Problem: 422 for one that is given twice.
+    """
+    given = request.args.to_dict(flat=False)
+    twice = {name: ["Must be given once."] for name, values in given.items() if len(values) > 1}
+    if twice:
+        raise invalid(twice)
+    return {name: values[0] for name, values in given.items()}
+
+
 def load(schema: type[Schema], body: dict[str, Any]) -> Any:
     """Return what a schema makes of a body.
 

@@ -84,6 +84,8 @@ class WebServer(NamekoWebServer):
                 eventlet.sleep(0.05)
                 continue
             sock.settimeout(SOCKET_SECONDS)
+            # else the end of a longer answer waits 40 ms for the client to acknowledge the rest
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._serve(sock, address)
 
     def process_request(self, sock: Any, address: Any) -> None:

@@ -334,6 +334,21 @@ class TestBesideNameko:
         [stats] = provider.get_queue_stats([PLACED])
         assert (stats.waiting, stats.dead) == (0, 0)
 
+    def test_a_queue_of_plain_nameko_is_shared(
+        self,
+        rabbitmq_server: RabbitMQServer,
+        new_provider: NewProvider,
+        channel: Any,
+        nameko_config: Any,
+    ) -> None:
+        """Given two queues, what is not in the plain one its workers may have handled."""
+        with running(Audit, nameko_config):
+            pass
+        consuming = new_provider(rabbitmq_server.environment, PLACED, PAID)
+        only_looking = new_provider(rabbitmq_server.environment)
+        for each in (consuming, only_looking):
+            assert [each.shares(its) for its in (PLACED, PAID, EVERYBODY)] == [True, False, False]
+
     def test_what_is_no_json_is_left_to_the_handler(
         self, provider: RabbitMQProvider, channel: Any
     ) -> None:
@@ -872,3 +887,11 @@ class TestErrors:
             (1, True),
             (2, True),
         ]
+
+
+def test_what_is_delayed_is_counted_whatever_it_waits_in(
+    provider: RabbitMQProvider, other: RabbitMQProvider
+) -> None:
+    assert other.count_delayed() == 0
+    provider.publish([replace(each, delay=60 + each.seq) for each in make_deliveries(5)])
+    assert other.count_delayed() == 5

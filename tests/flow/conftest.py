@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +62,26 @@ class Flow:
         self._reader = make_reader(database_url(self.settings), lambda _: None)
 
     def run(
-        self, *services: str, arguments: tuple[str, ...] = (), wait: bool = True, **env: str
+        self,
+        *services: str,
+        arguments: Sequence[str] = (),
+        before: Sequence[str] = (),
+        wait: bool = True,
+        ready: int = 0,
+        **env: str,
     ) -> NamekoProcess:
-        """Start ``nameko run`` and wait until it says that it is ready."""
+        """Start ``nameko run`` and wait until it says that it is ready.
+
+        :param ready: how many services there are, where a module has several.
+        """
         log = self.folder / f"process-{next(self._numbers)}.log"
-        process = NamekoProcess(*services, env={**self.env, **env}, log=log, arguments=arguments)
+        process = NamekoProcess(
+            *services, env={**self.env, **env}, log=log, arguments=arguments, before=before
+        )
         self.processes.append(process)
         if wait:
             wait_until(
-                lambda: process.output().count("queue ready") == len(services),
+                lambda: process.output().count("queue ready") == (ready or len(services)),
                 20,
                 lambda: f"{services} to be ready: {process.output()}",
             )

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,21 @@ NAMEKO = Path(sys.executable).parent / "nameko"
 
 
 class NamekoProcess:
-    """One ``nameko run``; its output goes to a file that failures show."""
+    """One ``nameko run``; its output goes to a file that failures show.
+
+    :param before: a command that runs it.
+    """
 
     def __init__(
-        self, *services: str, env: Mapping[str, str], log: Path, arguments: tuple[str, ...] = ()
+        self,
+        *services: str,
+        env: Mapping[str, str],
+        log: Path,
+        arguments: Sequence[str] = (),
+        before: Sequence[str] = (),
     ) -> None:
         self.log = log
-        self.arguments = [str(NAMEKO), "run", *arguments, *services]
+        self.arguments = [*before, str(NAMEKO), "run", *arguments, *services]
         self.env = {**_clean_environment(), **env}
         self._start()
 

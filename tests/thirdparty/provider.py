@@ -189,6 +189,11 @@ class FileProvider(QueueProvider):
     def resume(self, subscription: Subscription) -> None:
         self._change("DELETE FROM paused WHERE subscription = :subscription", subscription)
 
+    def is_paused(self, subscription: Subscription) -> bool:
+        with self._transaction() as db:
+            [(answer,)] = db.execute(f"SELECT {IS_PAUSED}", {"subscription": subscription.id})
+            return bool(answer)
+
     def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
         with self._transaction() as db:
             found = db.execute(PEEK, {**at(subscription.id), "limit": limit})

@@ -4,17 +4,51 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
-from shared.database import database_url, make_reader
+from shared.database import database_url, make_reader, utc_now
 from shared.providers import embedded
 from shared.settings import load_settings
 from shared.statements import Prepared
-from shared.store import adoption, attempts, backlog, log, subscriptions, summary
+from shared.store import (
+    adoption,
+    attempts,
+    backlog,
+    causes,
+    consumers,
+    failures,
+    listing,
+    log,
+    queries,
+    repair,
+    subscriptions,
+    summary,
+    trail,
+)
+from shared.store.listing import Filters
+from shared.store.why import Provider, why
+from shared.types import Failure
+from tests.unit.message_log import FAILED, Log
+from tests.unit.message_log import event as an_event
+
+MODULES = (
+    embedded,
+    adoption,
+    attempts,
+    backlog,
+    causes,
+    consumers,
+    failures,
+    listing,
+    log,
+    repair,
+    subscriptions,
+    summary,
+)
 
 
 def statements() -> Iterator[tuple[str, Prepared]]:
-    for module in (embedded, adoption, attempts, backlog, log, subscriptions, summary):
+    for module in MODULES:
         for name, value in vars(module).items():
             if isinstance(value, Prepared):
                 yield f"{module.__name__}.{name}", value
@@ -40,3 +74,54 @@ def test_uses_an_index(sqlite_log, name):
 
 def test_finds_the_statements():
     assert len(ALL) > 20
+
+
+ALL_FILTERS = Filters(
+    queue="orders",
+    message_type="placed",
+    status="failed",
+    subscriber="audit.note",
+    priority="normal",
+    exception_type="ValueError",
+    text="{",
+    payload_path="$.a",
+    payload_value=1,
+)
+
+QUESTIONS = {
+    "list": lambda c, _: listing.list_messages(c, Filters()),
+    "search": lambda c, _: listing.list_messages(c, ALL_FILTERS),
+    "message": queries.message,
+    "causes": causes.caused_by,
+    "effects": causes.caused,
+    "why": lambda c, id_: why(c, id_, utc_now(c), Provider("embedded", True, True)),
+    "failures": lambda c, _: failures.groups(c),
+    "group": lambda c, _: failures.seqs_of(c, "0" * 16, 10, of_the_living=True),
+    "subscriptions": lambda c, _: consumers.list_subscriptions(c, utc_now(c)),
+    "audit log": lambda c, _: trail.entries(c, 10, 50),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_what_operations_ask_uses_an_index(sqlite_log, name):
+    store = Log(sqlite_log)
+    store.subscribe()
+    [delivery] = store.append(an_event())
+    store.attempt(delivery, FAILED, Failure("ValueError", "boom"))
+    asked = []
+    engine = make_reader(store.database.engine.url, lambda _: None)
+    with engine.connect() as connection:
+        event.listen(engine, "before_cursor_execute", lambda *a: asked.append((a[2], a[3])))
+        QUESTIONS[name](connection, delivery.message.id)
+        statements = [each for each in asked if "queue_" in each[0]]
+        for statement, parameters in statements:
+            explained = f"EXPLAIN QUERY PLAN {statement}"
+            plan = [row[3] for row in connection.exec_driver_sql(explained, parameters)]
+            # of groups, subscriptions and pauses there are few, and the log is read by its end
+            few = r"SCAN queue_(failures USING COVERING|subscriptions|pauses|audit_log)"
+            assert not [x for x in plan if x.startswith("SCAN queue") and not re.match(few, x)], (
+                plan
+            )
+    engine.dispose()
+    store.database.close()
+    assert statements

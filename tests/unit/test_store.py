@@ -23,7 +23,7 @@ from shared.errors import MessageNotFoundError, NothingToRetryError
 from shared.lifecycle import MAX_TAKEOVERS, DeliveryStatus
 from shared.native import sleep
 from shared.settings import load_settings
-from shared.store import attempts, log, subscriptions
+from shared.store import attempts, log, repair, subscriptions
 from shared.store.migrate import LOG, upgrade
 from shared.store.summary import refresh
 from shared.tables import MESSAGE_COLUMNS, envelope_of, metadata
@@ -363,6 +363,12 @@ class TestRead:
 
 
 class TestAppend:
+    @pytest.mark.parametrize("body", ["0", "1.0", "-0", "12345678901234567890", "1e5", "null"])
+    def test_keeps_a_payload_that_is_a_mere_number_as_it_is(self, store: Log, body: str) -> None:
+        sent = event(body=body)
+        store.append(sent)
+        assert store.message(sent.id).payload == body
+
     def test_stores_a_message_and_a_delivery_for_each_subscription(self, store: Log) -> None:
         ours, theirs = store.subscribe(), store.subscribe(subscriber="other.note")
         store.subscribe("paid")
@@ -947,9 +953,9 @@ class TestRetire:
         store.attempt(first, FAILED)
         store.do(subscriptions.retire, [ours.id])
         with pytest.raises(NothingToRetryError):
-            store.do(log.retry_failed, first.message.id)
+            store.do(repair.retry_message, first.message.id)
         store.attempt(second, FAILED)
-        again = store.do(log.retry_failed, first.message.id)
+        again = store.do(repair.retry_message, first.message.id)
         assert [each.seq for each in again] == [second.seq]
 
     def test_ends_messages_that_waited_for_it_alone(self, store: Log, delivery: Delivery) -> None:
@@ -1024,7 +1030,7 @@ class TestRetryFailed:
         store.attempt(ours, RETRY)
         store.attempt(ours, FAILED, token=2)
         store.attempt(theirs, COMPLETED)
-        [again] = store.do(log.retry_failed, ours.message.id)
+        [again] = store.do(repair.retry_message, ours.message.id)
         assert (again.seq, again.subscription_id) == (ours.seq, ours.subscription_id)
         assert (again.attempts, again.delay) == (0, 0)
         assert again.message.body == ours.message.body
@@ -1039,7 +1045,7 @@ class TestRetryFailed:
 
     def test_goes_on_to_completed(self, store: Log, delivery: Delivery) -> None:
         store.attempt(delivery, FAILED)
-        [again] = store.do(log.retry_failed, delivery.message.id)
+        [again] = store.do(repair.retry_message, delivery.message.id)
         store.attempt(again, RETRY, token=2)
         store.attempt(again, COMPLETED, token=3)
         assert store.message(delivery.message.id).status == "completed"
@@ -1049,7 +1055,7 @@ class TestRetryFailed:
         for token in range(1, MAX_TAKEOVERS + 2):
             store.start(Lease(delivery, token))
         assert store.delivery(delivery.seq).status == "failed"
-        [again] = store.do(log.retry_failed, delivery.message.id)
+        [again] = store.do(repair.retry_message, delivery.message.id)
         store.start(Lease(again, 20))
         assert len(store.start(Lease(again, 21)).run) == 1
 
@@ -1060,18 +1066,18 @@ class TestRetryFailed:
         if status is not PENDING:
             store.attempt(delivery, status)
         with pytest.raises(NothingToRetryError, match=delivery.message.id):
-            store.do(log.retry_failed, delivery.message.id)
+            store.do(repair.retry_message, delivery.message.id)
 
     def test_wants_a_message(self, store: Log) -> None:
         with pytest.raises(MessageNotFoundError, match="no message nobody"):
-            store.do(log.retry_failed, "nobody")
+            store.do(repair.retry_message, "nobody")
 
     def test_by_two_people_at_once_happens_once(self, store: Log, delivery: Delivery) -> None:
         store.attempt(delivery, FAILED)
         message_id = delivery.message.id
         with store.database.transaction() as tx:
-            assert len(log.retry_failed(tx, message_id)) == 1
-            other = Meanwhile(store, lambda each: each.do(log.retry_failed, message_id))
+            assert len(repair.retry_message(tx, message_id)) == 1
+            other = Meanwhile(store, lambda each: each.do(repair.retry_message, message_id))
             other.until_blocked()
         with pytest.raises(NothingToRetryError):
             other.result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 from collections import Counter
@@ -30,6 +31,7 @@ from shared.providers.rabbitmq.driver import (
     targets_of,
 )
 from shared.providers.rabbitmq.layout import (
+    DELAY_LEVELS,
     DUE_QUEUES,
     OUR_PREFIX,
     Layout,
@@ -218,6 +220,9 @@ class RabbitMQProvider(QueueProvider):
             outlet.tell(News(name, is_paused=False))
             self._note_pause(name, False)
 
+    def is_paused(self, subscription: Subscription) -> bool:
+        return subscription.id in self._paused
+
     def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
         # who cannot reach the server says so first, as every provider does
         with self._translated():
@@ -241,6 +246,23 @@ class RabbitMQProvider(QueueProvider):
             name = queue_name(subscription)
             for each in (name, beside(name, "dead"), beside(name, "paused")):
                 inlet.scratch.queue_delete(each)
+
+    def count_delayed(self) -> int:
+        with self._translated():
+            inlet, _ = self._connect()
+            names = map(self._layout.delay, range(DELAY_LEVELS))
+            there = list(itertools.takewhile(lambda name: inlet.count(name) is not None, names))
+            # messages go from the longer ones to the shorter: so none is counted by neither
+            return sum(inlet.count(name) or 0 for name in reversed(there))
+
+    def shares(self, subscription: Subscription) -> bool:
+        if subscription.id in self._mine:
+            return subscription.id in self._plain
+        with self._translated():
+            inlet, _ = self._connect()
+            if inlet.count(queue_name(subscription)) is None:
+                return False
+            return not inlet.declare_queue(subscription, self._layout.arguments(subscription))
 
     # --- connections
 

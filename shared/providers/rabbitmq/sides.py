@@ -56,6 +56,11 @@ class Hungry:
     share: int = 0
     has_more: bool = True
 
+    @property
+    def most(self) -> int:
+        """How many it is worth asking for."""
+        return min(self.room, max(self.count, 1))
+
     def take(self, got: Got) -> None:
         self.room -= len(got.found)
         self.count = got.left
@@ -71,10 +76,14 @@ class Got:
 
 
 def with_shares(hungry: list[Hungry], total: int) -> list[Hungry]:
-    """Say how many to ask each for: evenly, and no more than it may have."""
+    """Say how many to ask each for: evenly, and what one has no use for goes to the others."""
     whole, rest = divmod(total, max(len(hungry), 1))
     for place, each in enumerate(hungry):
-        each.share = min(whole + (place < rest), each.room, max(each.count, 1))
+        each.share = min(whole + (place < rest), each.most)
+    left = total - sum(each.share for each in hungry)
+    for each in hungry:
+        more = min(each.most - each.share, left)
+        each.share, left = each.share + more, left - more
     return hungry
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from shared.errors import ProviderError
 from shared.native import select as wait_readable
-from shared.providers.base import QueueProvider, SubscriptionStats
+from shared.providers.base import Capabilities, QueueProvider, SubscriptionStats
 from shared.providers.redis.connected import Connected
 from shared.providers.redis.rpc import RedisRpc
 from shared.providers.redis.scripts import script
@@ -49,6 +49,8 @@ SETTLED_MOST = 10_000
 
 class RedisProvider(Connected, QueueProvider):
     """See the module's docstring."""
+
+    capabilities = Capabilities(lists=True)
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -149,6 +151,10 @@ class RedisProvider(Connected, QueueProvider):
     def resume(self, subscription: Subscription) -> None:
         self._set_paused(subscription, False)
 
+    def is_paused(self, subscription: Subscription) -> bool:
+        key = self._keys.paused(subscription.queue)
+        return bool(self._run([Command(key, ("SISMEMBER", key, subscription.id))])[0])
+
     def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
         keys = self._keys.of(subscription.queue, [subscription.id])
         [answer] = self._run([script("peek", keys, subscription.id, limit)])
@@ -163,10 +169,7 @@ class RedisProvider(Connected, QueueProvider):
         self._run([Command(key, ("SREM", key, subscription.id))])
         self._mine.pop(subscription.id, None)
 
-    # --- beyond the interface
-
     def holds(self, queue: str, seqs: Sequence[int]) -> set[int]:
-        """Return which of these deliveries it has, in whatever state: for the audit."""
         key = self._keys.deliveries(queue)
         chunks = [seqs[i : i + MOST_AT_ONCE] for i in range(0, len(seqs), MOST_AT_ONCE)]
         answers = self._run([Command(key, ("HMGET", key, *chunk)) for chunk in chunks])

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-
-warnings.filterwarnings("ignore", message=r"\s*Eventlet is deprecated")
-
-import eventlet  # noqa: E402
+import eventlet
 
 # as the services do, and before anything is imported that would keep what it found
 eventlet.monkey_patch()

@@ -73,6 +73,33 @@ class TestPause:
             assert seqs(worker.reserve_within(30)) == seqs(sent)
         process.answer()
 
+    def test_is_known_to_who_consumes(self, worker: Worker, placed: Subscription) -> None:
+        assert not worker.provider.is_paused(placed)
+        worker.provider.pause(placed)
+        assert worker.provider.is_paused(placed)
+        worker.provider.resume(placed)
+        assert not worker.provider.is_paused(placed)
+
+
+class TestHolds:
+    @pytest.fixture(autouse=True)
+    def _can(self, worker: Worker, placed: Subscription) -> None:
+        if not worker.provider.capabilities.lists:
+            with pytest.raises(UnsupportedByProviderError):
+                worker.provider.holds(placed.queue, [1])
+            pytest.skip("the provider cannot list what it has, and says so")
+
+    def test_is_all_that_did_not_end(
+        self, worker: Worker, other: Worker, placed: Subscription
+    ) -> None:
+        sent = [*worker.dispatch("placed", 4), *worker.dispatch("placed", delay=60)]
+        done, dead, *_ = worker.reserve(3)
+        worker.acknowledge(done)
+        worker.provider.settle([Settlement(dead, SettleAction.DEAD_LETTER)])
+        asked = seqs(sent)
+        expected = set(asked) - {done.delivery.seq}
+        assert other.provider.holds(placed.queue, [*asked, 10**9]) == expected
+
 
 class TestPeek:
     @pytest.fixture(autouse=True)

@@ -1,0 +1,285 @@
+"""What ``queue_admin`` answers, as ``/openapi.json`` tells it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from marshmallow import Schema, fields, validate
+
+from shared.lifecycle import DeliveryStatus, MessageStatus
+from shared.types import Priority
+
+
+def _text(**kwargs: Any) -> fields.Str:
+    return fields.Str(required=True, **kwargs)
+
+
+def _maybe(**kwargs: Any) -> fields.Str:
+    return fields.Str(required=True, allow_none=True, **kwargs)
+
+
+def _count(**kwargs: Any) -> fields.Int:
+    return fields.Int(required=True, validate=validate.Range(0), **kwargs)
+
+
+def _status(statuses: Any = MessageStatus) -> fields.Str:
+    return _text(validate=validate.OneOf([status.value for status in statuses]))
+
+
+class Problem(Schema):
+    """Problem details (RFC 9457)."""
+
+    type = _text()
+    title = _text()
+    status = fields.Int(required=True)
+    detail = _text()
+    errors = fields.Dict(
+        keys=fields.Str(),
+        values=fields.List(fields.Str()),
+        metadata={"description": "What is wrong with which field."},
+    )
+
+
+class Published(Schema):
+    messageId = _text()
+
+
+class SubscriptionCounts(Schema):
+    subscriber = _text()
+    waiting = _count()
+    active = _count()
+    scheduled = _count()
+    dead = _count()
+
+
+class Stats(Schema):
+    queueName = _text()
+    pending = _count()
+    processing = _count()
+    completed = _count()
+    failed = _count()
+    retry = _count()
+    total = _count()
+    unrouted = _count()
+    avgProcessingSeconds = fields.Float(required=True, allow_none=True)
+    subscriptions = fields.List(fields.Nested(SubscriptionCounts), required=True)
+
+
+class Listed(Schema):
+    messageId = _text()
+    queueName = _text()
+    messageType = _text()
+    status = _status()
+    priority = _text(validate=validate.OneOf([each.value for each in Priority]))
+    retryCount = _count()
+    maxRetries = _count()
+    createdAt = _text()
+    scheduledAt = _maybe()
+    processedAt = _maybe()
+    errorMessage = _maybe()
+
+
+class MessageList(Schema):
+    messages = fields.List(fields.Nested(Listed), required=True)
+    nextCursor = _maybe(
+        metadata={"description": "Where to go on; null at the end. A page may be short before it."}
+    )
+
+
+class Attempt(Schema):
+    attempt = fields.Int(required=True)
+    outcome = _text()
+    startedAt = _maybe()
+    endedAt = _text()
+    retryAt = _maybe()
+    worker = _maybe()
+    errorType = _maybe()
+    errorMessage = _maybe()
+    traceback = _maybe()
+
+
+class Delivery(Schema):
+    subscriber = _text()
+    status = _status(DeliveryStatus)
+    attempts = _count()
+    takeovers = _count()
+    availableAt = _maybe()
+    startedAt = _maybe()
+    processedAt = _maybe()
+    worker = _maybe()
+    errorType = _maybe()
+    errorMessage = _maybe()
+    history = fields.List(fields.Nested(Attempt), required=True)
+
+
+class Cause(Schema):
+    messageId = _text()
+    queueName = fields.Str()
+    messageType = fields.Str()
+    status = fields.Str()
+    createdAt = fields.Str()
+
+
+class Effect(Cause):
+    caused = fields.List(fields.Nested(lambda: Effect()), required=True)
+
+
+class Message(Listed):
+    payload = fields.Raw(required=True, allow_none=True)
+    metadata = fields.Dict(required=True)
+    deliveries = fields.List(fields.Nested(Delivery), required=True)
+    origin = _maybe(metadata={"description": "The message that this one was sent in place of."})
+    causedBy = fields.List(
+        fields.Nested(Cause),
+        required=True,
+        metadata={"description": "The message whose handler dispatched this one, its cause, …"},
+    )
+    caused = fields.List(fields.Nested(Effect), required=True)
+    causedMore = fields.Bool(required=True)
+
+
+class Reason(Schema):
+    subscriber = _maybe()
+    status = _maybe()
+    reason = _text()
+    sentence = _text()
+    evidence = fields.Dict(required=True)
+
+
+class Reasons(Schema):
+    messageId = _text()
+    status = _status()
+    reasons = fields.List(fields.Nested(Reason), required=True)
+
+
+class Retried(Schema):
+    messageId = _text()
+    retried = _count()
+
+
+class Discarded(Schema):
+    messageId = _text()
+    discarded = _count()
+
+
+class Cancelled(Schema):
+    messageId = _text()
+    cancelled = _count()
+
+
+class Rescheduled(Schema):
+    messageId = _text()
+    rescheduled = _count()
+
+
+class Resent(Schema):
+    messageId = _text(metadata={"description": "The new message."})
+    origin = _text()
+    sent = _count()
+
+
+class RetriedMany(Schema):
+    messages = _count(metadata={"description": "Messages that were found."})
+    retried = _count(metadata={"description": "Deliveries that run again."})
+    nextCursor = _maybe()
+
+
+class Example(Schema):
+    messageId = _text()
+    queueName = _text()
+    messageType = _text()
+    subscriber = _text()
+    errorMessage = _maybe()
+
+
+class FailureGroup(Schema):
+    fingerprint = _text()
+    count = _count()
+    firstSeenAt = _text()
+    lastSeenAt = _text()
+    errorType = _text()
+    place = _maybe()
+    example = fields.Nested(Example, required=True)
+
+
+class FailureGroups(Schema):
+    failures = fields.List(fields.Nested(FailureGroup), required=True)
+
+
+class GroupRetried(Schema):
+    retried = _count()
+    remaining = _count()
+
+
+class GroupDiscarded(Schema):
+    discarded = _count()
+    remaining = _count()
+
+
+class SubscriptionShown(Schema):
+    id = fields.Int(required=True)
+    queueName = _text()
+    source = _text()
+    messageType = _text()
+    subscriber = _text()
+    handlerType = _text()
+    reliable = fields.Bool(required=True)
+    consumer = _text(validate=validate.OneOf(["live", "silent"]))
+    lastSeenAt = _maybe()
+    pausedAt = _maybe()
+    pausedBy = _maybe()
+    waiting = _count()
+    scheduled = _count()
+    active = _count()
+    dead = _count()
+    oldestWaitingAt = _maybe()
+    oldestWaitingSeconds = fields.Float(required=True, allow_none=True)
+
+
+class SubscriptionList(Schema):
+    subscriptions = fields.List(fields.Nested(SubscriptionShown), required=True)
+
+
+class Paused(Schema):
+    subscriptions = fields.List(fields.Int(), required=True)
+    paused = fields.Bool(required=True)
+
+
+class Retired(Schema):
+    subscriptions = fields.List(fields.Int(), required=True)
+    retired = fields.Bool(required=True)
+
+
+class Entry(Schema):
+    id = fields.Int(required=True)
+    at = _text()
+    actor = _text()
+    action = _text()
+    target = _text()
+    detail = fields.Dict(required=True, allow_none=True)
+
+
+class AuditLog(Schema):
+    entries = fields.List(fields.Nested(Entry), required=True)
+    nextBefore = fields.Int(required=True, allow_none=True)
+
+
+class ProviderHealth(Schema):
+    name = _text()
+    status = _text()
+
+
+class DatabaseHealth(Schema):
+    status = _text()
+
+
+class ConsumersHealth(Schema):
+    status = _text()
+    silent = fields.List(fields.Str(), required=True)
+
+
+class Health(Schema):
+    status = _text()
+    provider = fields.Nested(ProviderHealth, required=True)
+    database = fields.Nested(DatabaseHealth, required=True)
+    consumers = fields.Nested(ConsumersHealth, required=True)

@@ -1,0 +1,290 @@
+"""The audit: whether the provider has what it should have by the message log.
+
+What is on its way moves between the two, so it is looked twice, and missing is what was so both
+times and did not move meanwhile. A provider that cannot list what it has is believed by count.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import partial
+from typing import TypeVar
+
+from sqlalchemy import Connection
+
+from shared.database import Database, database_url, utc_now
+from shared.lifecycle import DeliveryStatus
+from shared.native import sleep
+from shared.providers import QueueProvider, SubscriptionStats, make_provider
+from shared.settings import Settings
+from shared.store import audit, subscriptions
+from shared.store.audit import Account, Entry
+from shared.types import Subscription
+
+AGAIN_SECONDS = 0.2
+"""After which it is looked again, where the provider can list what it has."""
+
+IN_HAND_SECONDS = 1.5
+"""The same for one that counts what is ready. What a worker has in hand is none of that; within
+this time the log hears that it began, or it is given back."""
+
+NEAR_SECONDS = 2.0
+"""What is due within this time is left for the next audit: it may be here or there."""
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Lack:
+    """What a provider lacks: how many by subscription, and which deliveries that may be."""
+
+    counts: Counter[int] = field(default_factory=Counter)
+    suspects: set[int] = field(default_factory=set)
+
+    def add(self, entries: Sequence[Entry], count: int) -> None:
+        """Add ``count`` of these, all of one subscription."""
+        if count > 0:
+            self.counts[entries[0].subscription_id] += min(count, len(entries))
+            self.suspects |= {each.seq for each in entries}
+
+    def __and__(self, other: Lack) -> Lack:
+        return Lack(self.counts & other.counts, self.suspects & other.suspects)
+
+
+@dataclass(slots=True)
+class Findings:
+    """What an audit found to be wrong."""
+
+    lack: Lack = field(default_factory=Lack)
+    misdrawn: set[str] = field(default_factory=set)
+    """Messages whose status is not that of their deliveries."""
+    held: Mapping[int, int | None] = field(default_factory=dict)
+    """How many of each subscription the provider has; ``None`` where that says nothing."""
+
+    def __str__(self) -> str:
+        wrong = []
+        if self.lack.suspects:
+            wrong.append(f"{self.lack.counts.total()} deliveries missing in the provider")
+        if self.misdrawn:
+            wrong.append(f"{len(self.misdrawn)} messages of another status than their deliveries")
+        return " and ".join(wrong) or "every delivery is accounted for"
+
+    @property
+    def are_none(self) -> bool:
+        """Whether the books balance."""
+        return not self.lack.suspects and not self.misdrawn
+
+
+Answer = Callable[[Sequence[Entry]], Lack]
+"""Says what is lacking of entries that did not move since the question."""
+
+
+class Joined:
+    """Asks a provider that works in the log's tables: of what is elsewhere it has nothing."""
+
+    seconds = 0.0
+    held: Mapping[int, int | None]
+
+    def ask(self, _entries: Sequence[Entry]) -> Answer:
+        """See :data:`Answer`."""
+        self.held = {}
+        return _all_of
+
+
+class Listing:
+    """Asks a provider that can say of each delivery whether it has it."""
+
+    seconds = AGAIN_SECONDS
+    held: Mapping[int, int | None]
+
+    def __init__(self, provider: QueueProvider, known: Mapping[int, Subscription]) -> None:
+        self._provider = provider
+        self._known = known
+
+    def ask(self, entries: Sequence[Entry]) -> Answer:
+        """See :data:`Answer`."""
+        by_queue: dict[str, list[int]] = defaultdict(list)
+        for each in entries:
+            by_queue[self._known[each.subscription_id].queue].append(each.seq)
+        there = {x for queue, seqs in by_queue.items() for x in self._provider.holds(queue, seqs)}
+        self.held = Counter(each.subscription_id for each in entries if each.seq in there)
+        return lambda stayed: _all_of(each for each in stayed if each.seq not in there)
+
+
+class Counting:
+    """Asks a provider that can count what is ready, and what waits for a time."""
+
+    seconds = IN_HAND_SECONDS
+    held: Mapping[int, int | None]
+
+    def __init__(
+        self,
+        provider: QueueProvider,
+        known: Mapping[int, Subscription],
+        now: Callable[[], datetime],
+    ) -> None:
+        self._provider = provider
+        self._known = known
+        self._now = now
+
+    def ask(self, entries: Sequence[Entry]) -> Answer:
+        """See :data:`Answer`."""
+        now = self._now()
+        concerned = [self._known[x] for x in sorted({each.subscription_id for each in entries})]
+        its = [each for each in concerned if self._counts(each)]
+        stats = self._provider.get_queue_stats(its)
+        if self._provider.capabilities.counts_all:
+            all_ = {x.id: _total(each) for x, each in zip(its, stats, strict=True)}
+            self.held = {each.id: all_.get(each.id) for each in concerned}
+            return partial(self._lack_of_all, all_)
+        ready = {x.id: each.waiting for x, each in zip(its, stats, strict=True)}
+        has_later = any(_is_later(each, now) for each in entries)
+        delayed = self._provider.count_delayed() if has_later else 0
+        self.held = {each.id: ready.get(each.id) for each in concerned}
+        return partial(self._lack, ready, delayed, now)
+
+    def _counts(self, subscription: Subscription) -> bool:
+        """Whether what is not in its queue is lost."""
+        # that of an unreliable one goes with its instance, and may be nobody else's to count
+        return subscription.reliable and not self._provider.shares(subscription)
+
+    @staticmethod
+    def _lack_of_all(counts: Mapping[int, int], stayed: Sequence[Entry]) -> Lack:
+        lack, by_id = Lack(), defaultdict(list)
+        for each in stayed:
+            by_id[each.subscription_id].append(each)
+        for subscription_id, its in by_id.items():
+            lack.add(its, len(its) - counts.get(subscription_id, len(its)))
+        return lack
+
+    @staticmethod
+    def _lack(
+        ready: Mapping[int, int], delayed: int | None, now: datetime, stayed: Sequence[Entry]
+    ) -> Lack:
+        lack, due, later = Lack(), defaultdict(list), defaultdict(list)
+        for each in stayed:
+            if each.subscription_id not in ready:
+                continue
+            if each.status == DeliveryStatus.PROCESSING:
+                lack.add([each], 1)  # whoever has it in hand would have a lease in the log
+            elif _is_later(each, now):
+                later[each.subscription_id].append(each)
+            elif each.available_at is None or now - each.available_at > _NEAR:
+                due[each.subscription_id].append(each)
+        for subscription_id, its in due.items():
+            lack.add(its, len(its) - ready[subscription_id])
+        # one copy may be for all subscriptions of a message
+        least = len({each.message_id for its in later.values() for each in its})
+        short = 0 if delayed is None else least - delayed
+        for its in later.values():
+            lack.add(its, short)
+        return lack
+
+
+def _total(stats: SubscriptionStats) -> int:
+    return stats.waiting + (stats.active or 0) + (stats.scheduled or 0)
+
+
+_NEAR = timedelta(seconds=NEAR_SECONDS)
+
+
+def _is_later(entry: Entry, now: datetime) -> bool:
+    return entry.available_at is not None and entry.available_at - now > _NEAR
+
+
+def _all_of(entries: Iterable[Entry]) -> Lack:
+    its = list(entries)
+    counts = Counter(each.subscription_id for each in its)
+    return Lack(counts, {each.seq for each in its})
+
+
+class Audit:
+    """Looks for what is wrong, and puts it right.
+
+    Used by one thread, which need not be the one that makes it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._provider = make_provider(settings)
+        self._is_joined = self._provider.capabilities.joins_log
+        self._database = Database(database_url(settings), sleep)
+
+    def accounts(self) -> list[Account]:
+        """Return what became of the deliveries of each subscription, by the log.
+
+        :raises StoreUnavailableError: when the database does not answer.
+        """
+        return self._read(audit.accounts)
+
+    def look(self) -> Findings:
+        """Look for what is wrong; what is in order takes one look.
+
+        :raises StoreUnavailableError: when the database does not answer.
+        :raises ProviderError: when the provider does not.
+        """
+        misdrawn = self._read(audit.misdrawn)
+        entries = self._elsewhere()
+        found = self._compare(entries) if entries else Findings()
+        if misdrawn:
+            found.misdrawn = misdrawn & self._read(audit.misdrawn)
+        return found
+
+    def repair(self, found: Findings) -> None:
+        """Have the log keep what is lacking: who runs publishes it, or who starts next.
+
+        :raises StoreUnavailableError: when the database does not answer.
+        """
+        seqs, ids = sorted(found.lack.suspects), sorted(found.misdrawn)
+        for part in _parts(seqs):
+            self._database.run(
+                partial(audit.give_back, seqs=part, lease=self._settings.lease), durable=False
+            )
+        for some in _parts(ids):
+            self._database.run(partial(audit.draw_anew, message_ids=some), durable=False)
+
+    def close(self) -> None:
+        """Close what is open. Never raises."""
+        self._provider.close()
+        self._database.close()
+
+    def _compare(self, entries: list[Entry]) -> Findings:
+        asker = self._asker()
+        first = asker.ask(entries)
+        if not first(entries).suspects:
+            return Findings(held=asker.held)
+        sleep(asker.seconds)
+        stayed = _both(entries, self._elsewhere())
+        second, held = asker.ask(stayed), asker.held
+        sleep(asker.seconds)
+        still = _both(stayed, self._elsewhere())
+        return Findings(first(still) & second(still), held=held)
+
+    def _asker(self) -> Joined | Listing | Counting:
+        if self._is_joined:
+            return Joined()
+        self._provider.initialize()
+        known = {each.id: each for each in self._read(subscriptions.active)}
+        if self._provider.capabilities.lists:
+            return Listing(self._provider, known)
+        return Counting(self._provider, known, partial(self._read, utc_now))
+
+    def _elsewhere(self) -> list[Entry]:
+        return self._read(partial(audit.elsewhere, is_joined=self._is_joined))
+
+    def _read(self, query: Callable[[Connection], T]) -> T:
+        return self._database.read(lambda tx: query(tx.connection))
+
+
+def _both(entries: Sequence[Entry], later: Sequence[Entry]) -> list[Entry]:
+    """Return what did not move from one look to the other."""
+    are_there = set(later)
+    return [each for each in entries if each in are_there]
+
+
+def _parts(values: Sequence[T]) -> list[Sequence[T]]:
+    most = audit.MOST_AT_ONCE
+    return [values[start : start + most] for start in range(0, len(values), most)]

@@ -1,0 +1,147 @@
+"""Subscriptions as operations see them: what waits, who consumes, who paused."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import datetime
+from itertools import product
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, func, literal_column, select
+
+from shared.database import Transaction
+from shared.errors import SubscriptionNotFoundError
+from shared.lifecycle import WAITING, DeliveryStatus
+from shared.statements import Prepared
+from shared.store.queries import iso
+from shared.store.subscriptions import SILENT_AFTER_SECONDS
+from shared.tables import (
+    SUBSCRIPTION_COLUMNS,
+    deliveries,
+    messages,
+    pauses,
+    subscription_of,
+    subscriptions,
+)
+from shared.types import Subscription
+
+s = subscriptions.c
+d = deliveries.c
+
+OPEN = (*sorted(WAITING), DeliveryStatus.PROCESSING, DeliveryStatus.FAILED)
+"""States that are counted; the others only grow."""
+
+IS_OPEN = d.status != literal_column("'completed'")
+"""Spelled as the condition of SQLite's index, which it would not see otherwise."""
+
+
+def list_subscriptions(
+    connection: Connection, now: datetime, queue: str | None = None
+) -> list[dict[str, Any]]:
+    """Return all subscriptions that get events, with what each of them has."""
+    wanted = select(subscriptions, pauses.c.paused_by).where(s.retired_at.is_(None))
+    wanted = wanted.outerjoin(pauses, pauses.c.subscription_id == s.id)
+    if queue is not None:
+        wanted = wanted.where(s.queue_name == queue)
+    rows = connection.execute(wanted.order_by(s.queue_name, s.message_type, s.subscriber)).all()
+    counts = _counts(connection, [row.id for row in rows])
+    oldest = _oldest(connection, [row.id for row in rows], now)
+    return [_shown(row, now, counts[row.id], oldest.get(row.id)) for row in rows]
+
+
+def find(connection: Connection, subscription_id: int) -> Subscription:
+    """Return a subscription that gets events.
+
+    :raises SubscriptionNotFoundError: when there is none of that id.
+    """
+    wanted = select(*SUBSCRIPTION_COLUMNS).where(s.id == subscription_id, s.retired_at.is_(None))
+    # SQLite raises for what is larger
+    row = connection.execute(wanted).first() if subscription_id < 1 << 31 else None
+    if row is None:
+        raise SubscriptionNotFoundError(f"no subscription {subscription_id}")
+    return subscription_of(row)
+
+
+def of_queue(connection: Connection, queue: str) -> list[Subscription]:
+    """Return the subscriptions of a queue that get events."""
+    wanted = select(*SUBSCRIPTION_COLUMNS).where(s.queue_name == queue, s.retired_at.is_(None))
+    return [subscription_of(row) for row in connection.execute(wanted.order_by(s.id))]
+
+
+def is_live(seen_at: datetime | None, now: datetime) -> bool:
+    """Say whether an instance that consumes signed in time."""
+    return seen_at is not None and (now - seen_at).total_seconds() <= SILENT_AFTER_SECONDS
+
+
+def seen_at(connection: Connection, subscription_id: int) -> datetime | None:
+    """Return the last sign of life of an instance that consumes a subscription."""
+    return connection.execute(select(s.seen_at).where(s.id == subscription_id)).scalar()
+
+
+def _shown(row: Any, now: datetime, counts: dict[str, int], oldest: Any) -> dict[str, Any]:
+    age = None if oldest is None else max(0.0, (now - oldest).total_seconds())
+    return {
+        "id": row.id,
+        "queueName": row.queue_name,
+        "source": row.source,
+        "messageType": row.message_type,
+        "subscriber": row.subscriber,
+        "handlerType": row.handler_type,
+        "reliable": bool(row.reliable),
+        "consumer": "live" if is_live(row.seen_at, now) else "silent",
+        "lastSeenAt": iso(row.seen_at),
+        "pausedAt": iso(row.paused_at),
+        "pausedBy": row.paused_by,
+        "waiting": counts["waiting"],
+        "scheduled": counts["scheduled"],
+        "active": counts[DeliveryStatus.PROCESSING],
+        "dead": counts[DeliveryStatus.FAILED],
+        "oldestWaitingAt": iso(oldest),
+        "oldestWaitingSeconds": age,
+    }
+
+
+def _counts(connection: Connection, ids: list[int]) -> dict[int, dict[str, int]]:
+    counts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    by_status = connection.execute(
+        select(d.subscription_id, d.status, func.count().label("number"))
+        .where(d.subscription_id.in_(ids), d.status.in_(OPEN), IS_OPEN)
+        .group_by(d.subscription_id, d.status)
+    )
+    for row in by_status:
+        counts[row.subscription_id][row.status] = row.number
+    timed = connection.execute(
+        select(d.subscription_id, func.count().label("number"))
+        .where(d.subscription_id.in_(ids), d.available_at.is_not(None), d.status.in_(WAITING))
+        .group_by(d.subscription_id)
+    )
+    scheduled = {row.subscription_id: row.number for row in timed}
+    for each in ids:
+        its = counts[each]
+        its["scheduled"] = scheduled.get(each, 0)
+        its["waiting"] = sum(its[status] for status in WAITING) - its["scheduled"]
+    return counts
+
+
+_OLDEST = Prepared(
+    select(messages.c.created_at)
+    .select_from(deliveries.join(messages))
+    .where(
+        d.subscription_id == bindparam("id"),
+        d.status == bindparam("status"),
+        IS_OPEN,
+        d.available_at.is_(None),
+    )
+    .order_by(d.seq)
+    .limit(1)
+)
+
+
+def _oldest(connection: Connection, ids: list[int], now: datetime) -> dict[int, datetime]:
+    """Return when the oldest message was stored that each of them has waiting, and due."""
+    tx = Transaction(connection, now)
+    found: dict[int, datetime] = {}
+    for each, status in product(ids, sorted(WAITING)):
+        for row in _OLDEST.fetch(tx, {"id": each, "status": status}):
+            found[each] = min(row.created_at, found.get(each, row.created_at))
+    return found

@@ -1,0 +1,188 @@
+"""Brokers that lose what they have, and the audit that puts it right."""
+
+import json
+
+import amqp
+import pytest
+from click.testing import CliRunner
+
+from shared.cli import main
+from shared.events.audit import Counting
+from shared.providers.rabbitmq.layout import delay_levels
+from shared.testing.servers import HOST, free_port
+from tests.flow.conftest import BACKENDS
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.flow
+
+RECORDER = "tests.flow.apps.recorder"
+BRISK = "tests.flow.apps.brisk"
+
+
+def audit(flow, *options):
+    """Run ``queuectl audit``; return its status, and its report."""
+    done = CliRunner().invoke(main, ["audit", "--json", *options], env=flow.env)
+    assert done.exit_code in (0, 1), done.output
+    return done.exit_code, json.loads(done.stdout)
+
+
+def things(numbers):
+    """Return events that two workers take seconds for."""
+    return [("thing.happened", {"n": n, "sleep": 0.04}) for n in numbers]
+
+
+def by_subscriber(report, key):
+    return {each["subscriber"]: each[key] for each in report["subscriptions"] if each["dispatched"]}
+
+
+def wait_until_balanced(flow):
+    wait_until(lambda: audit(flow)[0] == 0, 10, lambda: str(audit(flow)))
+
+
+@pytest.fixture
+def redis_flow(flow_on, request):
+    made = flow_on({**BACKENDS["redis"](request), "QUEUE_LEASE_SECONDS": "1"})
+    yield made
+    request.getfixturevalue("redis_server").empty()
+
+
+def test_a_redis_that_was_wiped_in_mid_stream_is_filled_again(redis_flow, redis_server):
+    flow = redis_flow
+    worker = flow.run(BRISK, arguments=("--config", "config.yml"), MAX_WORKERS="2")
+    ids = flow.send_many(things(range(60)))
+    flow.effects.wait_for(1, handler="first", what="done")
+    assert audit(flow)[0] == 0  # under load
+    ids += flow.send_many(things(range(60, 120)))
+    long = flow.send("single.happened", {"n": 500})
+    late = flow.send("thing.happened", {"n": 501}, delay=4)
+    again = flow.send("thing.happened", {"n": 502, "retry_after": 4}, priority="urgent")
+    flow.wait_for_status(again, "retry")
+    flow.effects.wait_for(1, handler="first", n=60)
+
+    redis_server.empty()
+
+    status, report = audit(flow)
+    missing = by_subscriber(report, "missing")
+    assert (status, report["balanced"]) == (1, False)
+    assert missing["recorder.first"] >= 20
+    assert report["missing"] == sum(missing.values())
+    assert audit(flow, "--repair")[0] == 0
+    for message_id in [*ids, long, late, again]:
+        flow.wait_for_status(message_id, "completed", 30)
+    wait_until_balanced(flow)
+    assert [each["attempt"] for each in flow.effects.all(n=502, handler="first", what="ran")] == [
+        1,
+        2,
+    ]
+    times = {each["n"]: each["at"] for each in flow.effects.all(handler="second")}
+    assert times[501] >= times[0] + 3.9
+    assert worker.process.poll() is None
+
+
+def test_what_its_worker_had_when_redis_was_wiped_is_taken_over(redis_flow, redis_server):
+    """Given a worker that dies with the Redis that knew what it had in hand."""
+    flow = redis_flow
+    worker = flow.run(BRISK)
+    message_id = flow.send("single.happened", {"n": 1})
+    flow.wait_for_status(message_id, "completed")
+    busy = flow.send("thing.happened", {"n": 2, "sleep": 60})
+    flow.effects.wait_for(1, n=2, handler="first")
+    flow.wait_for_status(busy, "processing")
+    worker.kill()
+    redis_server.empty()
+
+    assert by_subscriber(audit(flow, "--repair")[1], "missing")["recorder.first"] == 1
+
+    flow.run(BRISK)
+    flow.effects.wait_for(2, n=2, handler="first", what="ran", timeout=15)
+
+
+def test_a_worker_goes_on_with_what_redis_lost(redis_flow, redis_server):
+    flow = redis_flow
+    flow.run(BRISK)
+    message_id = flow.send("thing.happened", {"n": 1, "sleep": 2.5})
+    flow.effects.wait_for(1, handler="first", what="ran")
+    flow.wait_for_status(message_id, "processing")
+
+    redis_server.empty()
+    audit(flow, "--repair")
+
+    flow.wait_for_status(message_id, "completed")
+    assert len(flow.effects.all(handler="first", what="ran")) == 1
+
+
+@pytest.fixture
+def rabbit(request, flow_on, monkeypatch):
+    # still longer than anything is in hand without the log's knowing
+    monkeypatch.setattr(Counting, "seconds", 1.0)
+    made = flow_on(BACKENDS["rabbitmq"](request))
+    env = made.env
+    connection = amqp.Connection(
+        f"{HOST}:{env['RABBITMQ_PORT']}",
+        env["RABBITMQ_USERNAME"],
+        env["RABBITMQ_PASSWORD"],
+        virtual_host=env["RABBITMQ_VHOST"],
+    )
+    connection.connect()
+    yield made, connection.channel()
+    connection.close()
+
+
+def test_a_queue_of_rabbitmq_that_was_deleted_is_filled_again(rabbit):
+    """Given one of two subscriptions of a type; what the other had is not repeated."""
+    flow, channel = rabbit
+    arguments = {"arguments": ("--config", "config.yml"), "MAX_WORKERS": "2"}
+    flow.run(BRISK, **arguments)
+    ids = flow.send_many(things(range(60)))
+    flow.effects.wait_for(1, handler="first", what="done")
+    assert audit(flow)[0] == 0  # under load
+    ids += flow.send_many(things(range(60, 120)))
+    late = flow.send("thing.happened", {"n": 501}, delay=3)
+    flow.effects.wait_for(1, handler="first", n=60)
+
+    channel.queue_delete("evt-source-thing.happened--recorder.first")
+
+    status, report = audit(flow)
+    missing = by_subscriber(report, "missing")
+    assert status == 1
+    assert missing["recorder.first"] >= 20
+    assert missing["recorder.second"] == 0
+    assert audit(flow, "--repair")[0] == 0
+    for message_id in [*ids, late]:
+        flow.wait_for_status(message_id, "completed", 30)
+    wait_until_balanced(flow)
+    handled = [each["n"] for each in flow.effects.all(handler="second")]
+    assert len(handled) == len(set(handled)) == 121
+
+
+def test_what_waits_for_its_time_in_rabbitmq_keeps_it(rabbit):
+    flow, channel = rabbit
+    flow.run(BRISK)
+    late = flow.send("thing.happened", {"n": 1}, delay=5)
+    flow.wait_for_counts(pending=1)
+    wait_until(lambda: by_subscriber(audit(flow)[1], "inLog")["recorder.first"] == 0, 5, "it")
+    for level in range(delay_levels(5)[0] + 1):
+        channel.queue_purge(f"nameko.delay.{level}")
+
+    assert by_subscriber(audit(flow, "--repair")[1], "missing") == {
+        "recorder.first": 1,
+        "recorder.second": 1,
+    }
+
+    message = flow.wait_for_status(late, "completed", 20)
+    assert message["deliveries"][0]["startedAt"] >= message["scheduledAt"]
+
+
+def test_queue_admin_puts_right_what_a_broker_lost(redis_flow, redis_server):
+    flow = redis_flow
+    address = f"{HOST}:{free_port()}"
+    env = {"QUEUE_AUDIT_SECONDS": "0.3", "QUEUE_ADMIN_ADDRESS": address}
+    process = flow.run(RECORDER, "services.queue_admin", **env)
+    ids = flow.send_many([("thing.happened", {"n": n}) for n in range(20)], delay=2)
+    wait_until(lambda: by_subscriber(audit(flow)[1], "inProvider")["recorder.first"] == 20, 5, "it")
+
+    redis_server.empty()
+
+    wait_until(lambda: "audit: 40 deliveries missing" in process.output(), 10, process.output)
+    for message_id in ids:
+        flow.wait_for_status(message_id, "completed", 5)
