@@ -34,7 +34,8 @@ class Callee:
     @rpc
     def pid(self, n):
         record(handler="pid", n=n)
-        eventlet.sleep(0.02)
+        # long enough for another to take the next one, also where it has no processor just now
+        eventlet.sleep(0.3)
         return os.getpid()
 
     @rpc
