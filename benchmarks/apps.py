@@ -9,7 +9,7 @@ import eventlet
 from nameko import events as nameko_events
 from nameko.testing.services import dummy
 
-from shared.events import EventDispatcher, event_handler
+from shared.events import EventDispatcher, MessageContext, event_handler
 
 REGISTRATION = {
     "user_id": "7f8a8f2e-0f5b-4d0e-9a55-2f1c0f7a1c11",
@@ -64,6 +64,19 @@ class Consumer:
     def probe(self, payload):
         with Path(os.environ["PROBES"]).open("a") as file:
             file.write(json.dumps(time.time() - payload["at"]) + "\n")
+
+
+class Listener:
+    """Notes which registrations it heard of, in the order in which it did."""
+
+    name = "listener"
+
+    message = MessageContext()
+
+    @event_handler("auth_events", "user.registered")
+    def hear(self, payload):
+        with Path(os.environ["PROBES"]).open("a") as file:
+            file.write(f"{self.message.id}\n")
 
 
 class PlainProducer:
