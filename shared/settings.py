@@ -86,6 +86,8 @@ class Settings:
     retries: Retries
     inbox_days: float
     addresses: Mapping[str, Address]
+    # None: no metrics of this process
+    metrics_address: Address | None
     admin_auth: str
     admin_tokens: tuple[str, ...] = field(repr=False)
     # it may hold a password
@@ -195,6 +197,10 @@ def _address(value: Any) -> Address:
     if match is None or not int(match[2]) <= 65535:
         raise EnvError("must be host:port, such as 127.0.0.1:3005")
     return Address(match[1] or "127.0.0.1", int(match[2]))
+
+
+def _address_or_none(value: Any) -> Address | None:
+    return _address(value) if _text(value) else None
 
 
 def _sources(value: Any) -> Mapping[str, str]:
@@ -359,6 +365,7 @@ class _Reader:
                     "queue_admin": admin,
                 }
             ),
+            metrics_address=self.get("QUEUE_METRICS_ADDRESS", "", _address_or_none),
             admin_auth=self.get(
                 "QUEUE_ADMIN_AUTH",
                 "none" if admin.is_loopback else "token",
@@ -408,6 +415,9 @@ class _Reader:
         ports = [address.port for address in settings.addresses.values() if address.port]
         if len(set(ports)) < len(ports):
             raise SettingsError("QUEUE_ADMIN_ADDRESS: each service must have a port of its own")
+        metrics = settings.metrics_address
+        if metrics is not None and metrics.port in ports:
+            raise SettingsError("QUEUE_METRICS_ADDRESS: must have a port of its own")
         if not settings.log and settings.provider == "embedded":
             raise SettingsError(
                 "QUEUE_LOG: must be on where QUEUE_PROVIDER is embedded, whose queue is in the log"

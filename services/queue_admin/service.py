@@ -13,6 +13,7 @@ from services.queue_admin.openapi import page_of, specification
 from services.queue_admin.routes import http, unguarded
 from services.queue_admin.subscriptions import SubscriptionCalls
 from shared.events.operations import AuditTimer
+from shared.observe.metrics import exposed, log_registry
 
 
 class QueueAdminService(MessageCalls, FailureCalls, SubscriptionCalls):
@@ -21,6 +22,14 @@ class QueueAdminService(MessageCalls, FailureCalls, SubscriptionCalls):
     name = "queue_admin"
 
     audit = AuditTimer()
+
+    @http("GET", "/metrics")
+    def metrics(self, request: Request) -> Response:
+        """Tell Prometheus what the message log holds, and whether its servers answer."""
+        provider = self.queue.client.settings.provider
+        registry = log_registry(provider, *self.queue.gauges())
+        text, content_type = exposed(registry, request.headers.get("Accept"))
+        return Response(text, content_type=content_type)
 
     @unguarded("GET", "/queue/health", answers=answers.Health)
     def health(self, _request: Request) -> Any:

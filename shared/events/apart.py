@@ -366,6 +366,7 @@ class ApartPump(Pump):
         full = self._filled(turn, reports)
         if not full.has_work:
             return
+        began = monotonic()
         try:
             self._database.run(partial(self._all_steps, full), durable=bool(turn.appends))
         except CommitUncertainError as exc:
@@ -375,6 +376,7 @@ class ApartPump(Pump):
             self._reports = reports
             raise
         else:
+            self.counts.flushed(monotonic() - began, full.size)
             self._answer(full)
         turn.appends, turn.outcomes = full.appends, full.outcomes
 

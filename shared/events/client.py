@@ -28,6 +28,7 @@ from shared.events.pump import Pump
 from shared.events.unlogged import UnloggedPump
 from shared.lifecycle import DeliveryStatus
 from shared.native import Mailbox, Promise, Thread
+from shared.observe.counts import ServiceCounts
 from shared.providers import QueueProvider, check_provider, make_provider
 from shared.settings import Settings, refuse_start, settings_or_exit
 from shared.stopping import stopper
@@ -36,6 +37,7 @@ from shared.types import Delivery, Envelope, Failure, Lease, Outcome, Subscripti
 
 if TYPE_CHECKING:
     from shared.events.handler import EventHandler
+    from shared.observe.endpoint import Endpoint
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class QueueClient(SharedExtension):
     """
 
     settings: Settings
+    counts: ServiceCounts
 
     def __init__(self) -> None:
         # filled by the set-ups of the handlers, which run in no order
@@ -73,11 +76,13 @@ class QueueClient(SharedExtension):
         self._by_subscription: dict[int, EventHandler] = {}
         self.is_stopping = False
         self._is_stopped = False
+        self._endpoint: Endpoint | None = None
 
     def bind(self, container: Any) -> Any:
         instance = super().bind(container)
         # read while the container is made: the process can still end with a status
         instance.settings = settings_or_exit(container.config)
+        instance.counts = ServiceCounts(container.service_name)
         try:
             check_provider(instance.settings)
         except SettingsError as exc:
@@ -87,6 +92,7 @@ class QueueClient(SharedExtension):
     def setup(self) -> None:
         self._mailbox = Mailbox()
         self._pump = self._make_pump()
+        self.counts.pump = self._pump.counts
         self._thread = Thread(self._pump.run, "queue-pump")
         self._inbox: Any = LightQueue()
 
@@ -98,6 +104,7 @@ class QueueClient(SharedExtension):
             self._hand_out, identifier="queue-client"
         )
         self._consume()
+        self._expose()
 
     def stop(self) -> None:
         if self._is_stopped:
@@ -105,6 +112,8 @@ class QueueClient(SharedExtension):
             self._thread.join(FINISH_SECONDS)
             return
         self._is_stopped = True
+        if self._endpoint is not None:
+            self._endpoint.remove(self.counts)
         self._mailbox.send(Finish())
         if not self._thread.join(FINISH_SECONDS):
             _log.error("the last outcomes could not be stored in %s s", FINISH_SECONDS)
@@ -133,6 +142,7 @@ class QueueClient(SharedExtension):
     def end(self, outcome: Outcome) -> None:
         """Have an outcome stored and the delivery settled; does not wait for it."""
         self._mailbox.send(outcome)
+        self.counts.handled[outcome.lease.delivery.subscription_id, outcome.status] += 1
 
     def ack_message(self, message: Sequence[Lease]) -> None:
         """Take deliveries to be completed: what nameko's own has for ``handle_result``."""
@@ -158,6 +168,7 @@ class QueueClient(SharedExtension):
         promise = Promise()
         self._mailbox.send(Append(envelopes, promise, again))
         firsts = promise.wait() or {}
+        self.counts.count_dispatched(each for each in envelopes if each.id not in firsts)
         return [_first_id(envelope, firsts.get(envelope.id)) for envelope in envelopes]
 
     def call(self, function: Callable[[Transaction], tuple[Any, list[Delivery]]]) -> Any:
@@ -204,6 +215,16 @@ class QueueClient(SharedExtension):
 
     # --- within
 
+    def _expose(self) -> None:
+        """Tell what is counted, where the settings say that anybody asks."""
+        if self.settings.metrics_address is None:
+            return
+        # loaded only where it is wanted: every process that starts would else pay for it
+        from shared.observe.endpoint import endpoint_at
+
+        self._endpoint = endpoint_at(self.settings.metrics_address)
+        self._endpoint.add(self.counts)
+
     def _make_pump(self) -> Pump | UnloggedPump:
         provider = make_provider(self.settings)
         self._is_joined = provider.capabilities.joins_log
@@ -221,6 +242,7 @@ class QueueClient(SharedExtension):
         def on_registered(registered: list[Subscription]) -> None:
             for handler, subscription in zip(self._handlers, registered, strict=True):
                 self._by_subscription[subscription.id] = handler
+                self.counts.subscriptions[subscription.id] = subscription
             self._say_ready()
             ready.resolve(None)
 

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from time import monotonic
 from typing import Any
 
 import eventlet
@@ -107,6 +108,7 @@ class EventHandler(NamekoEventHandler):
             reliable=self.reliable_delivery,
         )
         self._check_names()
+        self._seconds = self.queue_consumer.counts.handler(self.subscription)
         if self.inbox is not None:
             handler = f"{self.container.service_name}.{self.method_name}"
             subscriber, days = self.subscription.subscriber, settings.inbox_days
@@ -252,6 +254,7 @@ class EventHandler(NamekoEventHandler):
         return True
 
     def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        began = monotonic()
         try:
             return self._run_in_time(method, *args, **kwargs)
         except (Exception, KeyboardInterrupt, HandledBefore):
@@ -260,6 +263,8 @@ class EventHandler(NamekoEventHandler):
             if isinstance(exc, GreenletExit) and self.queue_consumer.is_stopping:
                 raise  # the grace time is over, and the delivery handed back
             raise HandlerAbortedError(f"the handler raised {exc!r}") from exc
+        finally:
+            self._seconds.observe(monotonic() - began)
 
     def _run_in_time(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.timeout is None:

@@ -116,12 +116,14 @@ class JoinedPump(Pump):
         if not turn.appends and not turn.outcomes and self._room() <= 0:
             return
         full = JoinedTurn(turn.appends, turn.outcomes)
+        began = monotonic()
         try:
             # an outcome lost to a power failure is a delivery that comes again
             self._database.run(partial(self._all_steps, full), durable=bool(turn.appends))
         except CommitUncertainError as exc:
             self._resolve_uncertain(full, exc)
         else:
+            self.counts.flushed(monotonic() - began, full.size)
             self._answer(full)
         turn.appends, turn.outcomes = full.appends, full.outcomes
         if full.new:

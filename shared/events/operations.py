@@ -20,6 +20,7 @@ from shared.events.dispatcher import make_envelope
 from shared.native import Mailbox, Thread
 from shared.settings import refuse_start, settings_or_exit
 from shared.store import queries, repair
+from shared.store.gauges import LogGauges, log_gauges
 from shared.types import Dedupe
 
 _log = logging.getLogger(__name__)
@@ -143,6 +144,17 @@ class QueueService(DependencyProvider):
 
         retried: int = self.client.call(retry)
         return retried
+
+    def gauges(self) -> tuple[bool, LogGauges | None]:
+        """Say whether the provider answers, and count what the message log holds.
+
+        :returns: ``None`` for the counts when the database does not answer.
+        """
+        try:
+            counted = self.reader.read(log_gauges, self.client.joins_log)
+        except StoreUnavailableError:
+            counted = None
+        return self.client.health(), counted
 
     def health(self) -> dict[str, Any]:
         """Say what works: provider, database, and whether waiting work has consumers."""

@@ -40,6 +40,7 @@ from shared.errors import (
 from shared.events.commands import Append, Call, Consume, Finish
 from shared.lifecycle import DeliveryStatus
 from shared.native import Mailbox, sleep
+from shared.observe.counts import PumpCounts
 from shared.providers import QueueProvider
 from shared.settings import Settings
 from shared.store import attempts, dedupe, log
@@ -79,6 +80,11 @@ class Turn:
         firsts = self.firsts
         return [firsts[e.id].message_id if e.id in firsts else e.id for e in append.envelopes]
 
+    @property
+    def size(self) -> int:
+        """How many events and outcomes it has."""
+        return sum(len(append.envelopes) for append in self.appends) + len(self.outcomes)
+
 
 class Pump(ABC):
     """See the module's docstring.
@@ -103,6 +109,7 @@ class Pump(ABC):
         self._on_leases = on_leases
         self._say_on_hub = say
         self._on_crash = on_crash
+        self.counts = PumpCounts()
         self._database = Database(database_url(settings), sleep)
         self._worker = worker_name()
         self._consuming: Consume | None = None
@@ -299,6 +306,7 @@ class Pump(ABC):
             self._mailbox.answer(append.promise.resolve, turn.firsts)
         for outcome in turn.refused:
             self._say_refused(outcome)
+        self.counts.lost_leases += len(turn.refused)
         turn.appends, turn.outcomes = [], []
 
     def _say_refused(self, outcome: Outcome) -> None:

@@ -87,9 +87,11 @@ class Relay:
         with self._engine.connect() as connection:
             connection.execution_options(isolation_level="AUTOCOMMIT")
             found = outbox.oldest(connection, self._outbox, BATCH)
+        self._client.counts.note_outbox(bool(found))
         readable = [(row, envelope) for row in found for envelope in self._read(row)]
         if readable:
             self._hand_over(readable)
+        self._client.counts.note_outbox(False)
         return len(found)
 
     def _read(self, row: outbox.Row) -> list[Envelope]:

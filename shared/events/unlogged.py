@@ -37,6 +37,7 @@ from shared.events.commands import (
     Up,
 )
 from shared.native import Mailbox, Promise, Thread
+from shared.observe.counts import PumpCounts
 from shared.providers import QueueProvider
 from shared.settings import Settings
 from shared.types import Delivery, Envelope, Lease, Outcome, Subscription, new_message_id
@@ -67,6 +68,7 @@ class UnloggedPump:
         say: Callable[..., None],
         on_crash: Callable[[BaseException], None],
     ) -> None:
+        self.counts = PumpCounts()
         self._mailbox = mailbox
         self._on_leases = on_leases
         self._say_on_hub = say

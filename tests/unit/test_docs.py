@@ -120,7 +120,7 @@ class TestDocuments:
 
     @pytest.mark.parametrize("name", NAMES)
     def test_name_files_that_are_there(self, name: str) -> None:
-        folders = r"(?:shared|services|tests|benchmarks|docs)/[\w/.*-]*"
+        folders = r"(?:shared|services|tests|benchmarks|docs|ops)/[\w/.*-]*"
         for path in (each for each in spans(name) if re.fullmatch(folders, each)):
             assert list(ROOT.glob(path)), path
 
@@ -162,8 +162,9 @@ class TestBlocks:
         known = {str(address) for address in load_settings({}).addresses.values()}
         # another one, to be used where that is taken
         free = {"127.0.0.1:3006", "127.0.0.1:3012"}
+        metrics = {"127.0.0.1:9464"}
         servers = {"127.0.0.1:5672"}
-        assert set(re.findall(r"[\d.]+:\d{4}\b", block.text)) <= known | free | servers
+        assert set(re.findall(r"[\d.]+:\d{4}\b", block.text)) <= known | free | servers | metrics
 
     @pytest.mark.parametrize("block", [p for p in of("python") if p.values[0].file])
     def test_of_files_import_what_is_there(
