@@ -19,6 +19,7 @@ from shared.errors import LONGEST_DELAY_SECONDS, DispatchError, PayloadError
 from shared.events.client import QueueClient
 from shared.events.context import Message
 from shared.events.relay import Relay
+from shared.observe.traces import Dispatching
 from shared.settings import Settings, refuse_start
 from shared.store.causes import CAUSE
 from shared.store.outbox import outbox_name
@@ -144,9 +145,15 @@ class Dispatch:
             options of their own, which go before those given for all. ``dedupe_key`` is
             one of an event's own.
         """
-        envelopes = [self._envelope(event, options) for event in events]
-        if len(envelopes) > 1 and options.get("dedupe_key") is not None:
-            raise PayloadError({"dedupe_key": "must be given for each event, not for all"})
+        with Dispatching(self._queue, self._context) as dispatching:
+            context = {**self._context, **dispatching.headers}
+            envelopes = [self._envelope(event, options, context) for event in events]
+            if len(envelopes) > 1 and options.get("dedupe_key") is not None:
+                raise PayloadError({"dedupe_key": "must be given for each event, not for all"})
+            dispatching.note(envelopes)
+            return self._store(envelopes, session)
+
+    def _store(self, envelopes: list[Envelope], session: Any) -> list[str]:
         if not envelopes:
             return []
         if session is None:
@@ -159,14 +166,16 @@ class Dispatch:
         self._relay.add(session, envelopes)
         return [envelope.id for envelope in envelopes]
 
-    def _envelope(self, event: Sequence[Any], options: dict[str, Any]) -> Envelope:
+    def _envelope(
+        self, event: Sequence[Any], options: dict[str, Any], context: Mapping[str, Any]
+    ) -> Envelope:
         event_type, payload, *own = event
         return make_envelope(
             self._client.settings,
             self._queue,
             event_type,
             payload,
-            context=self._context,
+            context=context,
             own=self._own,
             **{**options, **(own[0] if own else {})},
         )

@@ -22,6 +22,7 @@ from shared.events.context import MessageContext
 from shared.events.inbox import HandledBefore, Inbox
 from shared.events.outcome import ExcInfo, RetryPolicy, broken, decide, settle
 from shared.lifecycle import Backoff, DeliveryStatus
+from shared.observe.traces import traced
 from shared.settings import refuse_start
 from shared.tables import OWN_METADATA
 from shared.types import (
@@ -202,6 +203,7 @@ class EventHandler(NamekoEventHandler):
         worker_ctx.leases = leases
         worker_ctx.message_context = messages if self.batch_size else messages[0]
         method = getattr(worker_ctx.service, self.method_name)
+        method = traced(method, leases, self.subscription, worker_ctx)
         run = self._run if self._inbox is None else partial(self._run_once, worker_ctx)
         setattr(worker_ctx.service, self.method_name, partial(run, method))
 

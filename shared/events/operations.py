@@ -18,6 +18,7 @@ from shared.events.audit import Audit
 from shared.events.client import QueueClient
 from shared.events.dispatcher import make_envelope
 from shared.native import Mailbox, Thread
+from shared.observe.traces import Dispatching
 from shared.settings import refuse_start, settings_or_exit
 from shared.store import queries, repair
 from shared.store.gauges import LogGauges, log_gauges
@@ -113,19 +114,23 @@ class QueueService(DependencyProvider):
         :raises DispatchError: when it could not be stored; nothing was.
         :raises DedupeConflictError: when the key came before with another fingerprint.
         """
-        envelope = make_envelope(
-            self.client.settings,
-            queue_name,
-            message_type,
-            payload,
-            priority=priority,
-            metadata=metadata,
-            scheduled_at=scheduled_at,
-            delay=delay,
-            max_retries=max_retries,
-            dedupe_key=dedupe_key,
-        )
-        return self.client.append([envelope])[0]
+        origin = metadata if isinstance(metadata, Mapping) else {}
+        with Dispatching(queue_name, origin) as dispatching:
+            envelope = make_envelope(
+                self.client.settings,
+                queue_name,
+                message_type,
+                payload,
+                priority=priority,
+                metadata=metadata,
+                scheduled_at=scheduled_at,
+                delay=delay,
+                max_retries=max_retries,
+                dedupe_key=dedupe_key,
+                context=dispatching.headers,
+            )
+            dispatching.note([envelope])
+            return self.client.append([envelope])[0]
 
     def get_queue_stats(self, queue_name: str) -> dict[str, Any] | None:
         """Return the counts of a queue; ``None`` when nothing is known of it."""

@@ -14,6 +14,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.routing import Map
 from werkzeug.wrappers import Request, Response
 
+from shared.observe.traces import carried
 from shared.settings import Settings, refuse_start, settings_or_exit
 from shared.web.problems import problem_of, routing_problem, unavailable
 
@@ -105,6 +106,10 @@ class WebServer(NamekoWebServer):
         # it is whatever the client wrote
         server.log_x_forwarded_for = False
         return server
+
+    def context_data_from_headers(self, request: Request) -> dict[str, Any]:
+        """Take the trace that a request belongs to: it goes on with what is dispatched."""
+        return {**super().context_data_from_headers(request), **carried(request.headers.get)}
 
     def make_url_map(self) -> Map:
         url_map = super().make_url_map()

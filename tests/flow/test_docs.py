@@ -32,7 +32,7 @@ pytestmark = pytest.mark.flow
 
 SECONDS = 30
 
-PORTS = (3001, 3002, 3005, 3006, 3012)
+PORTS = (3001, 3002, 3005, 3006, 3012, 9464)
 """The ports that the documentation names; the reader has others in their place."""
 
 ADMIN = "127.0.0.1:3005"
@@ -183,7 +183,7 @@ class Reader:
             SECONDS if method == "GET" else 0,
             lambda: f"{command}: {self.answer.text}: {self.difference(shown)}",
         )
-        if self.answer.text:
+        if self.answer.headers.get("Content-Type", "").endswith("json"):
             self.keep(self.answer.json())
 
     def arguments(self, command):
@@ -270,6 +270,10 @@ class Running:
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
+
+
+def read(name):
+    return (ROOT / name).read_text()
 
 
 def is_open(url):
@@ -368,6 +372,22 @@ class TestDocuments:
     def test_queuectl(self, reader):
         reader.play("docs/operations.md", start="queuectl db upgrade", stop="# backup.py")
         assert reader.run(".venv/bin/queuectl db upgrade").count("up to date") == 4
+
+    def test_monitoring(self, reader):
+        reader.play("docs/monitoring.md", stop="promtool")
+        assert "nameko_queue_flush_seconds_bucket" in reader.answer.text
+        for process in reader.processes:
+            assert process.stop() == 0
+
+        # how long spans are kept for company
+        reader.env["OTEL_BSP_SCHEDULE_DELAY"] = "200"
+        reader.play("docs/monitoring.md", start="# traced.py")
+        traced = reader.processes[-1]
+        for name in ("dispatch user-events", "handle user-events"):
+            traced.wait_for(f'"name": "{name}"')
+        [trace_id] = re.findall(r"traceparent: 00-(\w{32})-", read("docs/monitoring.md"))
+        traced.wait_for(rf'(?s)("trace_id": "0x{trace_id}".*){{2}}')
+        assert traced.stop() == 0
 
     def test_services(self, reader):
         reader.play("docs/services.md")

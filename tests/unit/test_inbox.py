@@ -6,6 +6,9 @@ import eventlet
 import pytest
 from eventlet.event import Event
 from nameko.containers import ServiceContainer
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from sqlalchemy import String, create_engine, delete, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -14,6 +17,8 @@ from shared.database import database_url, make_engine, make_reader
 from shared.errors import Retry
 from shared.events import EventDispatcher, EventHandler, MessageContext, event_handler
 from shared.events import inbox as inbox_module
+from shared.lifecycle import DeliveryStatus
+from shared.observe import traces
 from shared.settings import load_settings
 from shared.store import DatabaseSession, queries
 from shared.store.inbox import REMOVED_AT_ONCE, inbox_table, remove_old
@@ -253,6 +258,27 @@ def test_what_was_handled_does_not_run_again(sqlite_books, what, entries):
     assert runs == [message_id]
     assert books.entries(message_id) == entries
     assert books.handled() == {message_id: "ledger.book"}
+
+
+def test_what_was_handled_is_no_run_in_metrics_and_traces(sqlite_books, monkeypatch):
+    books = sqlite_books
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(traces, "_tracer", lambda: provider.get_tracer("test"))
+    message_id = books.send("commits")
+    books.ends(message_id, "completed")
+    books.comes_again(message_id)
+    books.idle()
+
+    handler, _ = books.leases[message_id]
+    counts = handler.queue_consumer.counts
+    wait_until(lambda: counts.handled.total() == 2, 10, lambda: counts.handled)
+    assert {status for _, status in counts.handled} == {DeliveryStatus.COMPLETED}
+    its_runs = [h for s, h in counts.handler_seconds if s == handler.subscription]
+    assert [sum(each.counts) for each in its_runs] == [1]
+    names = [span.name for span in exporter.get_finished_spans()]
+    assert sorted(names) == ["dispatch ledger", "handle ledger"]
 
 
 def test_one_that_fails_before_its_commit_left_nothing_behind(sqlite_books):
