@@ -21,13 +21,13 @@ class QueueAdminService(MessageCalls, FailureCalls, SubscriptionCalls):
 
     name = "queue_admin"
 
-    audit = AuditTimer()
+    audited = AuditTimer()
 
     @http("GET", "/metrics")
     def metrics(self, request: Request) -> Response:
         """Tell Prometheus what the message log holds, and whether its servers answer."""
         provider = self.queue.client.settings.provider
-        registry = log_registry(provider, *self.queue.gauges())
+        registry = log_registry(provider, *self.queue.gauges(), self.audited)
         text, content_type = exposed(registry, request.headers.get("Accept"))
         return Response(text, content_type=content_type)
 

@@ -18,6 +18,7 @@ from shared.events.audit import Audit
 from shared.events.client import QueueClient
 from shared.events.dispatcher import make_envelope
 from shared.native import Mailbox, Thread
+from shared.observe.counts import AuditCounts
 from shared.observe.traces import Dispatching
 from shared.settings import refuse_start, settings_or_exit
 from shared.store import queries, repair
@@ -185,14 +186,17 @@ class AuditTimer(DependencyProvider):
     """Audits the queue every ``QUEUE_AUDIT_SECONDS``, and puts right what it finds.
 
     In a native thread, for it may wait for the broker. One process is enough; more do no harm.
+    Injects what it counts, or ``None`` where there are no audits.
     """
 
     client = QueueClient()
+    counts: AuditCounts | None = None
 
     def setup(self) -> None:
         settings = self.client.settings
         self._seconds = settings.audit if settings.log else 0.0
         if self._seconds:
+            self.counts = AuditCounts()
             self._audit = Audit(settings)
             self._mailbox = Mailbox()
             self._thread = Thread(self._run, "queue-audit")
@@ -209,6 +213,9 @@ class AuditTimer(DependencyProvider):
                 self._mailbox.close()
             self._seconds = 0.0
 
+    def get_dependency(self, _worker_ctx: Any) -> AuditCounts | None:
+        return self.counts
+
     def _run(self) -> None:
         inbox = self._mailbox.inbox
         inbox.wait(self._seconds)
@@ -217,13 +224,16 @@ class AuditTimer(DependencyProvider):
             inbox.wait(self._seconds)
 
     def _once(self) -> None:
+        counts: Any = self.counts
         try:
             found = self._audit.look()
             if not found.are_none:
                 self._audit.repair(found)
                 self._say(logging.WARNING, "audit: %s; repaired", found)
                 self._mailbox.answer(self.client.relay)
+            counts.ended(found.lack.counts.total(), len(found.misdrawn))
         except (ProviderError, StoreUnavailableError) as exc:
+            counts.put_off()
             self._say(logging.WARNING, "audit put off: %s", exc)
         finally:
             self._audit.close()

@@ -2,7 +2,8 @@
 
 Any lock made after monkey patching is green and must not be contended between threads, so
 the way of an event has nothing to do with prometheus-client, whose counters lock. Each
-number here is changed by one thread alone, the hub or the pump; whoever exposes it reads.
+number here is changed by one thread alone, the hub, the pump or the audit; whoever exposes
+it reads.
 """
 
 from __future__ import annotations
@@ -59,6 +60,26 @@ class PumpCounts:
         if events:
             self.flush_seconds.observe(seconds)
             self.flush_events.observe(events)
+
+
+class AuditCounts:
+    """What the audits of this process came to; counted by their thread."""
+
+    def __init__(self) -> None:
+        self.audits: Counter[str] = Counter()
+        self.missing_deliveries = 0
+        self.misdrawn_messages = 0
+
+    def ended(self, missing_deliveries: int, misdrawn_messages: int) -> None:
+        """Count one that put right so much."""
+        is_balanced = not missing_deliveries and not misdrawn_messages
+        self.audits["balanced" if is_balanced else "repaired"] += 1
+        self.missing_deliveries += missing_deliveries
+        self.misdrawn_messages += misdrawn_messages
+
+    def put_off(self) -> None:
+        """Count one that found no answer."""
+        self.audits["put_off"] += 1
 
 
 class ServiceCounts:

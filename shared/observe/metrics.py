@@ -24,7 +24,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 
 from shared.lifecycle import DeliveryStatus, MessageStatus
-from shared.observe.counts import Histogram, ServiceCounts
+from shared.observe.counts import AuditCounts, Histogram, ServiceCounts
 from shared.store.gauges import LogGauges, SubscriptionGauges
 from shared.types import Subscription
 
@@ -162,11 +162,41 @@ def _add_histogram(
 # --- of the message log
 
 
-def log_registry(provider: str, is_up: bool, gauges: LogGauges | None) -> CollectorRegistry:
-    """Return the metrics of the message log; ``None`` says that its database does not answer."""
+def log_registry(
+    provider: str, is_up: bool, gauges: LogGauges | None, audited: AuditCounts | None
+) -> CollectorRegistry:
+    """Return the metrics of the message log.
+
+    :param gauges: ``None`` says that its database does not answer.
+    :param audited: ``None`` says that this process makes no audits.
+    """
     registry = CollectorRegistry()
     registry.register(_Collector(lambda: log_metrics(provider, is_up, gauges)))
+    if audited is not None:
+        registry.register(_Collector(lambda: audit_metrics(audited)))
     return registry
+
+
+def audit_metrics(audited: AuditCounts) -> Iterator[Metric]:
+    """Yield what the audits of this process came to."""
+    audits = CounterMetricFamily(
+        f"{PREFIX}audits",
+        "Audits of the message log, by result: balanced, repaired, or put_off for want of an "
+        "answer.",
+        labels=("result",),
+    )
+    for result in ("balanced", "repaired", "put_off"):
+        audits.add_metric((result,), audited.audits[result])
+    yield audits
+    repaired = CounterMetricFamily(
+        f"{PREFIX}audit_repaired",
+        "What audits put right: deliveries that the provider had lost, and messages of another "
+        "status than their deliveries.",
+        labels=("what",),
+    )
+    repaired.add_metric(("delivery",), audited.missing_deliveries)
+    repaired.add_metric(("message",), audited.misdrawn_messages)
+    yield repaired
 
 
 def log_metrics(provider: str, is_up: bool, gauges: LogGauges | None) -> Iterator[Metric]:

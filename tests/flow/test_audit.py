@@ -4,6 +4,7 @@ import json
 
 import amqp
 import pytest
+import requests
 from click.testing import CliRunner
 
 from shared.cli import main
@@ -11,6 +12,7 @@ from shared.events.audit import Counting
 from shared.providers.rabbitmq.layout import delay_levels
 from shared.testing.servers import HOST, free_port
 from tests.flow.conftest import BACKENDS
+from tests.support.metrics import parsed, value
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow
@@ -184,5 +186,14 @@ def test_queue_admin_puts_right_what_a_broker_lost(redis_flow, redis_server):
     redis_server.empty()
 
     wait_until(lambda: "audit: 40 deliveries missing" in process.output(), 10, process.output)
+
+    def told(name, **labels):
+        return value(
+            parsed(requests.get(f"http://{address}/metrics", timeout=10).text), name, **labels
+        )
+
+    wait_until(lambda: told("audits_total", result="repaired") == 1, 5, "the count")
+    assert told("audit_repaired_total", what="delivery") == 40
+    assert told("audits_total", result="balanced") > 0
     for message_id in ids:
         flow.wait_for_status(message_id, "completed", 5)

@@ -18,7 +18,14 @@ from shared.events import EventDispatcher
 from shared.events.relay import Relay
 from shared.lifecycle import DeliveryStatus
 from shared.observe import endpoint as endpoint_module
-from shared.observe.counts import MOST_TYPES, OTHERS, Histogram, PumpCounts, ServiceCounts
+from shared.observe.counts import (
+    MOST_TYPES,
+    OTHERS,
+    AuditCounts,
+    Histogram,
+    PumpCounts,
+    ServiceCounts,
+)
 from shared.observe.endpoint import Endpoint
 from shared.observe.metrics import exposed, log_registry, process_registry
 from shared.settings import Address
@@ -272,6 +279,21 @@ class TestEndpoint:
         assert caplog.text.count("cannot listen") == 1
 
 
+class TestAudits:
+    def test_are_told_by_their_result_and_by_what_they_put_right(self) -> None:
+        audited = AuditCounts()
+        audited.ended(0, 0)
+        audited.ended(40, 0)
+        audited.ended(2, 3)
+        audited.put_off()
+        samples = collected(log_registry("redis", True, None, audited))
+        results = {"balanced": 1, "repaired": 2, "put_off": 1}
+        for result, count in results.items():
+            assert value(samples, "audits_total", result=result) == count
+        assert value(samples, "audit_repaired_total", what="delivery") == 42
+        assert value(samples, "audit_repaired_total", what="message") == 3
+
+
 class TestLogGauges:
     def gauges(self, store: Log, joins_log: bool = True) -> LogGauges:
         return store.do(lambda tx: log_gauges(tx.connection, joins_log))
@@ -407,7 +429,7 @@ class TestLogGauges:
         store.subscribe()
         [dead] = store.append(event())
         store.attempt(dead, FAILED)
-        samples = collected(log_registry("redis", True, self.gauges(store)))
+        samples = collected(log_registry("redis", True, self.gauges(store), None))
         its = {"queue": "orders", "message_type": "placed", "subscriber": "audit.note"}
         assert value(samples, "provider_up", provider="redis") == 1
         assert value(samples, "database_up") == 1
@@ -418,7 +440,7 @@ class TestLogGauges:
         assert value(samples, "consumer_live", **its) == 1
 
     def test_that_could_not_be_had_are_told_to_be_missing(self) -> None:
-        samples = collected(log_registry("redis", False, None))
+        samples = collected(log_registry("redis", False, None, None))
         assert {name: number for (name, _), number in samples.items()} == {
             "nameko_queue_provider_up": 0,
             "nameko_queue_database_up": 0,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from shared.observe.counts import ServiceCounts
+from shared.observe.counts import AuditCounts, ServiceCounts
 from shared.observe.metrics import log_registry, process_registry
 from shared.store.gauges import LogGauges, SubscriptionGauges
 from shared.types import Subscription
@@ -43,7 +43,7 @@ def samples() -> Samples:
     )
     return {
         **collected(process_registry([counts])),
-        **collected(log_registry("redis", True, of_log)),
+        **collected(log_registry("redis", True, of_log, AuditCounts())),
     }
 
 
