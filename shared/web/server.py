@@ -146,7 +146,8 @@ class WebServer(NamekoWebServer):
         host, port = self.bind_addr
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            sock = eventlet.listen((host, port), family=family)
+            # shared, which eventlet does unasked, a request would go to one of two processes
+            sock = eventlet.listen((host, port), family=family, reuse_port=False)
         except OSError as exc:
             service = self.container.service_name
             refuse_start(f"{service} cannot listen on {host}:{port}: {exc.strerror or exc}")

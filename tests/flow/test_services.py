@@ -314,3 +314,27 @@ def test_a_wrong_setting_ends_the_start_with_one_line(tmp_path, variable, value,
     assert process.process.wait(20) == 2
     (line,) = process.output().strip().splitlines()
     assert line.startswith(f"Error: {said}")
+
+
+def test_an_address_is_one_process_own(suite):
+    suite.start(["company"])
+    second = suite.flow.run("services.company", wait=False)
+
+    assert second.process.wait(20) == 2
+    said = second.output()
+    where = f"127.0.0.1:{suite.ports['company']}"
+    assert f"Error: company cannot listen on {where}: Address already in use\n" in said
+    assert "Traceback" not in said
+    assert suite.call("GET", "company", "/company/users/nobody").status_code == 404
+
+
+def test_an_address_is_free_at_once_for_who_comes_after(suite):
+    suite.start(["company"])
+    [first] = suite.flow.processes
+    with requests.Session() as kept:
+        url = f"http://127.0.0.1:{suite.ports['company']}/company/users/nobody"
+        assert kept.get(url, timeout=10).status_code == 404
+        # closed by the server, a connection is remembered for a minute
+        assert first.terminate() == 0
+        suite.start(["company"])
+        assert kept.get(url, timeout=10).status_code == 404
