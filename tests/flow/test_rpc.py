@@ -238,6 +238,12 @@ class TestErrors:
             served.run(lambda s: s.callee.fail("x" * (most - 1000)))
         assert len(served.run(lambda s: s.callee.large(most - 1000))) == most - 1000
 
+    def test_too_large_are_none_of_namekos_own(self, served):
+        if not served.are_namekos:
+            pytest.skip("there QUEUE_MAX_PAYLOAD_BYTES is the limit")
+        more = served.flow.settings.max_payload_bytes + 100_000
+        assert served.run(lambda s: s.callee.echo("x" * more)) == [["x" * more], {}]
+
     def test_a_request_without_arguments(self, not_namekos, served):
         """Given a request that another release sent, or a stranger."""
         client = next(iter(served.container.shared_extensions.values()))
