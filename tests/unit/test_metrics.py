@@ -29,7 +29,7 @@ from shared.observe.counts import (
 from shared.observe.endpoint import Endpoint
 from shared.observe.metrics import exposed, log_registry, process_registry
 from shared.settings import Address
-from shared.store import attempts, backlog, outbox, subscriptions
+from shared.store import attempts, backlog, outbox, queries, subscriptions
 from shared.store.gauges import LogGauges, log_gauges
 from shared.tables import deliveries, messages
 from shared.tables import subscriptions as subscriptions_table
@@ -370,18 +370,30 @@ class TestLogGauges:
         [audit] = self.gauges(store).subscriptions
         assert 98 < audit.oldest_waiting < 110
 
-    def test_tell_a_silent_subscription_as_health_does(self, store: Log) -> None:
+    @pytest.mark.parametrize("is_signed_off", [False, True])
+    def test_tell_a_silent_subscription_as_health_does(
+        self, store: Log, is_signed_off: bool
+    ) -> None:
+        def silent() -> list[str]:
+            return store.do(lambda tx: queries.silent_subscriptions(tx.connection, tx.now))
+
         store.subscribe()
-        self.age(store, subscriptions_table, 31, seen_at=None)
+        if is_signed_off:  # as one does that gets nothing of what waits
+            store.do(
+                lambda tx: tx.connection.execute(update(subscriptions_table).values(seen_at=None))
+            )
+        else:
+            self.age(store, subscriptions_table, 31, seen_at=None)
         [audit] = self.gauges(store).subscriptions
-        assert (audit.is_live, audit.is_silent) == (False, False)
+        assert (audit.is_live, audit.is_silent, silent()) == (False, False, [])
         store.append(event())
         [audit] = self.gauges(store).subscriptions
         assert (audit.is_live, audit.is_silent) == (False, True)
+        assert silent() == ["placed audit.note"]
 
         self.age(store, subscriptions_table, 0, paused_at=None)
         [audit] = self.gauges(store).subscriptions
-        assert (audit.is_paused, audit.is_silent) == (True, False)
+        assert (audit.is_paused, audit.is_silent, silent()) == (True, False, [])
 
     def test_tell_a_live_one(self, store: Log) -> None:
         store.subscribe()
