@@ -3,8 +3,8 @@
 ``traceparent`` and ``tracestate`` travel in the context data that nameko hands from worker
 to worker: so they go with events and calls, also through a service that has no
 opentelemetry, and through plain nameko on RabbitMQ. Spans are made where opentelemetry is
-installed (``pip install nameko-event-suite[otel]``), for whatever it was set up to do with
-them; without it, what comes in goes on as it is.
+installed (``pip install nameko-event-suite[otel]``) and set up, for whatever it is to do with
+them; without that, what comes in goes on as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from shared.tables import OWN_METADATA
@@ -78,10 +78,13 @@ class Dispatching:
             _guarded(_note, self._span, envelopes)
 
     def _begin(self) -> None:
+        tracer = _tracer()
+        if tracer is None:
+            return
         parent = None
         if not trace.get_current_span().get_span_context().is_valid:
             parent = _propagator.extract(self.headers)
-        span = _tracer().start_span(
+        span = tracer.start_span(
             f"dispatch {self._queue}",
             parent,
             SpanKind.PRODUCER,
@@ -142,18 +145,22 @@ def _handling(
         yield
 
 
-def _begin_handling(leases: Sequence[Lease], subscription: Subscription) -> Span:
+def _begin_handling(leases: Sequence[Lease], subscription: Subscription) -> Span | None:
+    tracer = _tracer()
+    if tracer is None:
+        return None
     origins = [_propagator.extract(headers_of(lease.delivery.message)) for lease in leases]
     # many events have many origins: they are links, and none of them is the parent
     is_one = len(leases) == 1
     spans = [] if is_one else [trace.get_current_span(each) for each in origins]
-    return _tracer().start_span(
+    span: Span = tracer.start_span(
         f"handle {subscription.queue}",
         origins[0] if is_one else None,
         SpanKind.CONSUMER,
         attributes=_attributes(leases, subscription),
         links=[Link(each.get_span_context()) for each in spans if _is_valid(each)],
     )
+    return span
 
 
 def _attributes(leases: Sequence[Lease], subscription: Subscription) -> dict[str, Any]:
@@ -189,7 +196,16 @@ def _is_valid(span: Span) -> bool:
 
 
 def _tracer() -> Any:
-    return trace.get_tracer("nameko_event_suite")
+    provider = trace.get_tracer_provider()
+    # this one stands for none, and its spans cost as much as those that somebody sees
+    if isinstance(provider, trace.ProxyTracerProvider):
+        return None
+    return _tracer_of(provider)
+
+
+@lru_cache(maxsize=1)
+def _tracer_of(provider: Any) -> Any:
+    return provider.get_tracer("nameko_event_suite")
 
 
 def _guarded(function: Callable[..., Any], *args: Any) -> Any:

@@ -272,6 +272,24 @@ class TestSpans:
         assert "an event could not be traced" in caplog.text
 
 
+class TestWithoutSetUp:
+    """Given opentelemetry that is installed, and that nobody set up."""
+
+    def test_no_span_is_made(
+        self, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made: list[Any] = []
+        monkeypatch.setattr(trace.ProxyTracer, "start_span", lambda *a, **_: made.append(a))
+        call("send", "item.sold", {"tell": True})
+        seen(2)
+        assert made == []
+
+    def test_what_came_in_goes_on(self, call: Callable[..., Any], address: str) -> None:
+        requests.post(f"http://{address}/orders", headers=ORIGIN, timeout=5)
+        call("publish", "shop", "item.sold", {"tell": True}, metadata=ORIGIN)
+        assert {carried_by(message) for message in seen(3)} == {ORIGIN["traceparent"]}
+
+
 class TestContext:
     def test_of_an_http_request_goes_on(
         self, call: Callable[..., Any], spans: InMemorySpanExporter, address: str
