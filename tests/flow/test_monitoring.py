@@ -60,6 +60,11 @@ def run_scraped(flow, *services, **env):
     return Scraped(address), process
 
 
+def is_completed(flow, message_id, subscriber):
+    deliveries = flow.message(message_id)["deliveries"]
+    return {d["subscriber"]: d["status"] for d in deliveries}[subscriber] == "completed"
+
+
 def test_a_process_tells_what_it_did_and_queue_admin_what_is_left(flow):
     recorder, process = run_scraped(flow, RECORDER)
     admin = run_admin(flow, QUEUE_ADMIN_AUTH="token", QUEUE_ADMIN_TOKENS=TOKEN)
@@ -98,8 +103,10 @@ def test_a_process_tells_what_it_did_and_queue_admin_what_is_left(flow):
 
 def test_a_lost_lease_is_counted_by_who_lost_it(flow):
     frozen, process = run_scraped(flow, RECORDER)
-    flow.send("thing.happened", {"sleep": 1})
+    message_id = flow.send("thing.happened", {"sleep": 1.5})
     flow.effects.wait_for(1, handler="first", what="ran")
+    # frozen while it writes, it would keep everybody from writing
+    wait_until(lambda: is_completed(flow, message_id, "recorder.second"), 5, "its sibling")
     os.kill(process.pid, signal.SIGSTOP)
     other, _ = run_scraped(flow, RECORDER)
     flow.effects.wait_for(1, handler="first", what="done")
