@@ -116,7 +116,9 @@ def traced(
     method: Callable[..., Any], leases: Sequence[Lease], subscription: Subscription, worker_ctx: Any
 ) -> Callable[..., Any]:
     """Return a handler's method with a span about each of its runs."""
-    return partial(_run, method, leases, subscription, worker_ctx) if IS_ON else method
+    if not IS_ON or _guarded(_tracer) is None:
+        return method
+    return partial(_run, method, leases, subscription, worker_ctx)
 
 
 def _run(
@@ -145,15 +147,12 @@ def _handling(
         yield
 
 
-def _begin_handling(leases: Sequence[Lease], subscription: Subscription) -> Span | None:
-    tracer = _tracer()
-    if tracer is None:
-        return None
+def _begin_handling(leases: Sequence[Lease], subscription: Subscription) -> Span:
     origins = [_propagator.extract(headers_of(lease.delivery.message)) for lease in leases]
     # many events have many origins: they are links, and none of them is the parent
     is_one = len(leases) == 1
     spans = [] if is_one else [trace.get_current_span(each) for each in origins]
-    span: Span = tracer.start_span(
+    span: Span = _tracer().start_span(
         f"handle {subscription.queue}",
         origins[0] if is_one else None,
         SpanKind.CONSUMER,
