@@ -285,13 +285,18 @@ class QueueClient(SharedExtension):
         slots.release()
 
     def _hand_out(self) -> None:
-        while True:
-            self._wait_for_worker()
-            lease = self._inbox.get()
-            if self.is_stopping:
-                self._release(lease)
-            else:
-                self._by_subscription[lease.delivery.subscription_id].handle(lease)
+        try:
+            while True:
+                self._wait_for_worker()
+                self._hand_out_one(self._inbox.get())
+        except Exception as exc:
+            self._crash(exc)
+
+    def _hand_out_one(self, lease: Lease) -> None:
+        if self.is_stopping:
+            self._release(lease)
+        else:
+            self._by_subscription[lease.delivery.subscription_id].handle(lease)
 
     def _release(self, lease: Lease) -> None:
         failure = Failure("Released", "the worker stopped")
