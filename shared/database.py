@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from sqlalchemy import URL, ColumnElement, Connection, Engine, create_engine, event, func, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
+from shared.clock import replaced_utc_now
 from shared.errors import StoreUnavailableError
 from shared.mysql import NativeConnection, connect_natively
 from shared.settings import Settings
@@ -372,6 +373,8 @@ def seconds_between(connection: Connection, start: Any, end: Any) -> ColumnEleme
 
 def utc_now(connection: Connection) -> datetime:
     """Return the database's time, naive UTC."""
+    if (replaced := replaced_utc_now()) is not None:
+        return replaced
     # in each transaction: past the machinery that what takes parameters needs
     return _as_datetime(connection.exec_driver_sql(_CLOCKS[connection.dialect.name]).scalar_one())
 

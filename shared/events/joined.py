@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from time import monotonic
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from shared.clock import monotonic
 from shared.database import CommitUncertainError, Transaction
 from shared.errors import ProviderError, QueueError
 from shared.events.commands import Ask, Call, Check, Consume, StopConsuming

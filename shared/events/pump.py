@@ -17,11 +17,11 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from time import monotonic
 from typing import Any
 
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
+from shared.clock import monotonic
 from shared.database import (
     CommitUncertainError,
     Database,

@@ -15,7 +15,6 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from time import monotonic
 from typing import Any, TypeVar
 
 from sqlalchemy import (
@@ -37,6 +36,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
+from shared.clock import monotonic
 from shared.database import Database, Transaction, database_url
 from shared.errors import ProviderError, ProviderUnavailableError, StoreUnavailableError
 from shared.lifecycle import WAITING, DeliveryStatus
@@ -465,6 +465,10 @@ class Bell:
         except OSError as exc:
             self._socket = None
             raise ProviderUnavailableError(f"QUEUE_DATA_DIR {self._folder}: {exc}") from exc
+
+    def fileno(self) -> int:
+        """The descriptor that is readable once somebody rang."""
+        return int(self._socket.fileno())
 
     def ring(self, subscription_ids: set[int]) -> None:
         """Wake who consumes any of these."""

@@ -628,3 +628,24 @@ def stats_of(flow, queue):
         found = queries.queue_stats(connection, queue)
     engine.dispose()
     return found or {"total": 0}
+
+
+class TestTesting:
+    """docs/testing.md, whose tests pass but for the one that finds a careless handler."""
+
+    def test_finds_the_careless_handler_where_it_is_said(self, reader):
+        reader.save_files("docs/testing.md")
+        command = "exec .venv/bin/python -m pytest -q -p no:cacheprovider ."
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=reader.folder,
+            env=reader.env,
+            capture_output=True,
+            text=True,
+        )
+        # pytest marks the lines of an error
+        told = " ".join(re.sub(r"^E\b", "", done.stdout, flags=re.MULTILINE).split())
+        [shown] = [block.text for block in blocks("docs/testing.md") if block.language == "text"]
+        assert " ".join(shown.split()) in told, done.stdout
+        assert "1 failed, 3 passed" in done.stdout
+        assert "FAILED test_repeating.py" in done.stdout
