@@ -32,6 +32,17 @@ TRANSIENT_CODES = frozenset({1205, 1213, 1020, 1062})
 duplicate: of what somebody else stored since it was looked for."""
 
 
+ANSWER_SECONDS = 8.0
+"""How long a database server may take to answer the one connection of a native thread: whoever
+dispatches waits for it."""
+
+ORPHANED_SECONDS = 5
+"""How long a transaction of such a connection may lie idle until the server ends it. Whose host
+froze, or lost its network, else keeps the locks that it had, and with them those who take over."""
+
+KEPT_SECONDS = 1.0
+"""How soon a connection that was lost while nobody used it is found out to be."""
+
 CLOCK_SECONDS = 1.0
 """How long the time of a database server is reckoned on before it is asked again."""
 
@@ -80,17 +91,16 @@ def database_url(settings: Settings, name: str = "queue") -> URL:
     )
 
 
-def make_reader(url: URL, sleep: Sleep, *, is_native: bool = False) -> Engine:
+def make_reader(url: URL, sleep: Sleep) -> Engine:
     """Make an engine that only reads: it takes no lock, and waits for nobody's transaction."""
-    engine = make_engine(url, sleep, is_native=is_native)
+    engine = make_engine(url, sleep)
     return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
-def make_engine(url: URL, sleep: Sleep, *, is_native: bool = False, **options: Any) -> Engine:
+def make_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
     """Make an engine for one thread, or for one hub.
 
     :param sleep: how that thread waits: ``eventlet.sleep`` on the hub.
-    :param is_native: it is for a native thread alone, and may make use of that.
     """
     if url.get_backend_name() == "sqlite":
         return _sqlite_engine(url, sleep, options)
@@ -103,10 +113,32 @@ def make_engine(url: URL, sleep: Sleep, *, is_native: bool = False, **options: A
         connect_args={"connect_timeout": 5, "read_timeout": 30, "write_timeout": 30},
         **options,
     )
-    if is_native:
-        event.listen(engine, "do_connect", connect_natively)
     event.listen(engine, "connect", _set_utc)
     return engine
+
+
+def _thread_engine(url: URL, sleep: Sleep) -> Engine:
+    """Make the engine of a native thread, whose transactions are short, and end in any case."""
+    engine = make_engine(url, sleep)
+    if engine.dialect.name != "sqlite":
+        event.listen(engine, "do_connect", _connect_with_deadlines)
+        event.listen(engine, "connect", _end_orphans)
+    return engine
+
+
+def _connect_with_deadlines(
+    dialect: Any, record: Any, args: Any, options: dict[str, Any]
+) -> NativeConnection:
+    deadlines = {"read_timeout": ANSWER_SECONDS, "write_timeout": ANSWER_SECONDS}
+    return connect_natively(dialect, record, args, options | deadlines)
+
+
+def _end_orphans(connection: Any, _record: Any) -> None:
+    # MySQL only knows how to end what is idle outside of a transaction, too: it is made anew
+    is_mariadb = "MariaDB" in connection.get_server_info()
+    limit = "idle_transaction_timeout" if is_mariadb else "wait_timeout"
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET SESSION {limit} = {ORPHANED_SECONDS}")
 
 
 def _set_utc(connection: Any, _record: Any) -> None:
@@ -163,12 +195,21 @@ def is_transient(error: BaseException) -> bool:
     return False
 
 
+def _was_lost(error: BaseException | None, began: float) -> bool:
+    """Say whether a connection that was kept is found to be lost, and not the server to be away.
+
+    The server was restarted meanwhile, or ended what it took to be idle.
+    """
+    is_soon = time.monotonic() - began <= KEPT_SECONDS
+    return is_soon and bool(getattr(error, "connection_invalidated", False))
+
+
 class Database:
     """The one connection of one native thread, made anew after it was lost."""
 
     def __init__(self, url: URL, sleep: Sleep) -> None:
         self._sleep = sleep
-        self._engine = make_engine(url, sleep, is_native=True)
+        self._engine = _thread_engine(url, sleep)
         self._connection: Connection | None = None
         self._is_durable = True
         self._file: tuple[int, int] | None = None
@@ -216,15 +257,14 @@ class Database:
         :raises StoreUnavailableError: as :meth:`transaction`.
         """
         for _ in range(TRANSIENT_TRIES):
-            was_kept = self._connection is not None
+            was_kept, began = self._connection is not None, time.monotonic()
             try:
                 with self.transaction(durable=durable, reckons=True) as tx:
                     return step(tx)
             except CommitUncertainError:
                 raise
             except StoreUnavailableError as exc:
-                # the server was restarted meanwhile, or ended what it took to be idle
-                if not (was_kept and getattr(exc.__cause__, "connection_invalidated", False)):
+                if not (was_kept and _was_lost(exc.__cause__, began)):
                     raise
             except SQLAlchemyError as exc:
                 if not is_transient(exc):
@@ -236,16 +276,15 @@ class Database:
 
         :raises StoreUnavailableError: when the database does not answer.
         """
-        was_kept = self._reader is not None
+        was_kept, began = self._reader is not None, time.monotonic()
         try:
             if self._reader is None:
-                reader = make_reader(self._engine.url, self._sleep, is_native=True)
-                self._reader = reader.connect()
+                engine = _thread_engine(self._engine.url, self._sleep)
+                self._reader = engine.execution_options(isolation_level="AUTOCOMMIT").connect()
             return query(Transaction(self._reader, self._clock))
         except SQLAlchemyError as exc:
             self._drop_reader()
-            # the server was restarted meanwhile, or ended what it took to be idle
-            if was_kept and getattr(exc, "connection_invalidated", False):
+            if was_kept and _was_lost(exc, began):
                 return self.read(query)
             raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
 
@@ -284,7 +323,7 @@ class Database:
             self._engine.dispose()
 
     def _begin(self, durable: bool, reckons: bool) -> Transaction:
-        was_kept = self._connection is not None
+        was_kept, began = self._connection is not None, time.monotonic()
         try:
             connection = self._connect()
             self._set_durable(connection, durable)
@@ -295,8 +334,7 @@ class Database:
             raise
         except SQLAlchemyError as exc:
             self.drop_connection()
-            # the server was restarted meanwhile, or ended what it took to be idle
-            if was_kept and getattr(exc, "connection_invalidated", False):
+            if was_kept and _was_lost(exc, began):
                 return self._begin(durable, reckons)
             raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
 

@@ -337,7 +337,6 @@ class ApartPump(Pump):
         if not self._connected:
             self._prepare_tables()
             self._connected = True
-            self._say_reachable()
         if self._consuming is None:
             return
         if not self._is_registered:

@@ -98,7 +98,6 @@ class JoinedPump(Pump):
             self._prepare_tables()
             self._provider.initialize()
             self._connected = True
-            self._say_reachable()
         # again after each interruption: it may be another database by now
         if self._consuming is not None and not self._is_registered:
             self._register(self._consuming)

@@ -221,6 +221,11 @@ class Pump(ABC):
         lease = self._active.pop(outcome.lease.delivery.seq, outcome.lease)
         return outcome._replace(lease=lease)
 
+    def _say_unreachable(self, exc: QueueError) -> None:
+        if str(exc) != self._trouble:
+            self._say(logging.ERROR, "log or provider unreachable: %s", exc)
+            self._trouble = str(exc)
+
     def _say_reachable(self) -> None:
         if self._trouble is not None:
             self._say(logging.WARNING, "log and provider are reachable again")
@@ -302,6 +307,7 @@ class Pump(ABC):
 
     def _confirm(self, turn: Turn) -> None:
         """Tell what is stored: it stays so, whatever becomes of the rest of the turn."""
+        self._say_reachable()
         for append in turn.appends:
             self._mailbox.answer(append.promise.resolve, turn.firsts)
         for outcome in turn.refused:
@@ -325,10 +331,8 @@ class Pump(ABC):
 
     def _put_off(self, turn: Turn, calls: Sequence[Call], exc: QueueError) -> None:
         """Tell who dispatches that nothing was stored; keep outcomes until they are."""
-        if self._connected or self._trouble is None:
-            self._say(logging.ERROR, "log or provider unreachable: %s", exc)
+        self._say_unreachable(exc)
         self._connected = self._is_registered = False
-        self._trouble = str(exc)
         self._unsaved += turn.outcomes
         for append in turn.appends:
             error = DispatchError(f"nothing was stored: {exc}")
@@ -338,6 +342,7 @@ class Pump(ABC):
 
     def _resolve_uncertain(self, turn: Turn, exc: CommitUncertainError) -> None:
         """Find out whether a COMMIT took place, by the ids that the client made."""
+        self._say_unreachable(exc)
         self._unsaved += turn.outcomes
         ids = [id_ for append in turn.appends for id_ in turn.ids_of(append)]
         stored = self._stored(ids) if ids else set()
@@ -357,8 +362,8 @@ class Pump(ABC):
         while monotonic() < deadline:
             try:
                 with self._database.transaction() as tx:
-                    return log.stored_ids(tx, ids)
-            except StoreUnavailableError:
+                    return log.decided_ids(tx, ids)
+            except (StoreUnavailableError, SQLAlchemyError):
                 sleep(RECONNECT_SECONDS / 5)
         return None
 

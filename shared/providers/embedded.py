@@ -332,7 +332,7 @@ _PURGE = Prepared(
     .where(
         c.subscription_id == bindparam("id"),
         _IS_OPEN,
-        _IS_WAITING,
+        # the log has what was taken over for processing, until somebody has it again
         or_(c.ready == true(), c.available_at.is_not(None)),
     )
     .values(ready=False, available_at=None)

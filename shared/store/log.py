@@ -24,6 +24,7 @@ from shared.tables import OWN_METADATA, deliveries, messages, subscriptions
 from shared.types import Delivery, Envelope, Priority
 
 _STORED = Prepared(select(messages.c.id).where(messages.c.id.in_(bindparam("ids", expanding=True))))
+_DECIDED = Prepared(_STORED.statement.with_for_update(nowait=True))
 _ADD_MESSAGES = Prepared(
     insert(messages), [c.name for c in messages.c if c.name not in ("retry_count", "error_message")]
 )
@@ -222,6 +223,15 @@ def add_deliveries(
 def stored_ids(tx: Transaction, ids: Sequence[str]) -> set[str]:
     """Return which of these message ids are stored."""
     return {row.id for row in _STORED.fetch(tx, {"ids": ids})}
+
+
+def decided_ids(tx: Transaction, ids: Sequence[str]) -> set[str]:
+    """Return which of these message ids are stored, where whether they are is decided.
+
+    :raises OperationalError: when a transaction that stores them is still open. Its COMMIT may
+        be on its way to the server yet, or wait there, and its client be gone.
+    """
+    return {row.id for row in _DECIDED.fetch(tx, {"ids": ids})}
 
 
 def _with_times(tx: Transaction, envelope: Envelope) -> Envelope:

@@ -236,15 +236,18 @@ class MariaDBServer(Server):
     def execute(self, *statements: str) -> list[tuple[Any, ...]]:
         """Execute statements as root; return the rows of the last one."""
         rows: Sequence[Any] = ()
-        # to load the certificates for TLS takes longer than all the rest
-        as_root = pymysql.connect(
-            host=HOST, port=self.port, user="root", autocommit=True, ssl_disabled=True
-        )
-        with closing(as_root) as connection, connection.cursor() as cursor:
+        with closing(self.connect()) as connection, connection.cursor() as cursor:
             for statement in statements:
                 cursor.execute(statement)
                 rows = cursor.fetchall()
         return list(rows)
+
+    def connect(self) -> Any:
+        """Return a connection to it, as root."""
+        # to load the certificates for TLS takes longer than all the rest
+        return pymysql.connect(
+            host=HOST, port=self.port, user="root", autocommit=True, ssl_disabled=True
+        )
 
     def create_database(self) -> MariaDBDatabase:
         """Make a database that is empty."""

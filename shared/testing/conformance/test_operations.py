@@ -16,7 +16,7 @@ from shared.errors import (
 )
 from shared.native import sleep
 from shared.providers import SubscriptionStats
-from shared.testing.conformance.lab import ProviderLab, Worker, elapsed, seqs
+from shared.testing.conformance.lab import LEASE_SECONDS, ProviderLab, Worker, elapsed, seqs
 from shared.testing.conformance.process import Process
 from shared.types import Priority, SettleAction, Settlement, Subscription
 
@@ -158,6 +158,22 @@ class TestPurge:
             worker.acknowledge(*left)
         worker.reserves_nothing_for(0.3, meanwhile=lambda: None)
         assert worker.acknowledge(leased) == []
+
+    def test_removes_what_was_taken_over(
+        self, worker: Worker, other: Worker, placed: Subscription
+    ) -> None:
+        worker.dispatch("placed", 2)
+        assert len(worker.reserve()) == 2
+        other.provider.pause(placed)
+        worker.lab.lose_leases(worker)
+        deadline = monotonic() + 2 * LEASE_SECONDS + worker.lab.promptly
+        while other.provider.get_queue_stats([placed])[0].waiting < 2:
+            assert monotonic() < deadline
+            assert other.reserve() == []
+            sleep(0.01)
+        assert other.provider.purge(placed) == 2
+        other.provider.resume(placed)
+        other.reserves_nothing_for(0.3, meanwhile=lambda: None)
 
     def test_leaves_other_subscriptions_alone(self, worker: Worker, placed: Subscription) -> None:
         worker.subscribe("paid")

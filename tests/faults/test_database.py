@@ -1,0 +1,148 @@
+"""A database server, and the network before it, at their worst moments."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from time import monotonic
+
+import eventlet
+import pytest
+from sqlalchemy import text
+
+from shared import database
+from shared.database import Database, database_url
+from shared.errors import DispatchError, DispatchUncertainError, StoreUnavailableError
+from shared.events import pump
+from shared.native import sleep
+from shared.settings import load_settings
+from shared.testing.servers import MariaDBServer
+from tests.faults import faults
+from tests.faults.proxy import Proxy
+from tests.flow.conftest import Flow
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.flow
+
+
+@pytest.fixture
+def proxied(mariadb_log, mariadb_server, tmp_path) -> Iterator[tuple[Flow, Proxy]]:
+    """A flow whose dispatcher, in this process, reaches its database through a proxy."""
+    proxy = Proxy(mariadb_server.port)
+    flow = Flow(tmp_path, {**mariadb_log, "DB_PORT": str(proxy.port)})
+    flow.send("thing.happened", {"n": 1})
+    yield flow, proxy
+    flow.close()
+    proxy.close()
+
+
+@contextlib.contextmanager
+def frozen(server: MariaDBServer) -> Iterator[None]:
+    assert server.process is not None
+    with faults.frozen(server.process.pid):
+        yield
+
+
+def total(flow: Flow) -> int:
+    return int(flow.stats()["total"])
+
+
+def test_a_commit_on_its_way_is_not_taken_for_none(proxied):
+    """P1: its client has gone, the server gets it later, and meanwhile it is looked for."""
+    flow, proxy = proxied
+    with proxy.catching(b"COMMIT", "to_server"):
+        second = eventlet.spawn(flow.send, "thing.happened", {"n": 2})
+        wait_until(proxy.is_holding, 5, "the COMMIT")
+    message_id = second.wait()
+
+    assert flow.message(message_id)["status"] == "completed"
+    assert total(flow) == 2
+
+
+def test_a_commit_that_stays_on_its_way_is_uncertain(proxied, monkeypatch):
+    monkeypatch.setattr(pump, "UNCERTAIN_SECONDS", 0.5)
+    flow, proxy = proxied
+    with proxy.catching(b"COMMIT", "to_server"):
+        second = eventlet.spawn(flow.send, "thing.happened", {"n": 2})
+        wait_until(proxy.is_holding, 5, "the COMMIT")
+        proxy.reset_clients()
+        with pytest.raises(DispatchUncertainError) as raised:
+            second.wait()
+
+    wait_until(lambda: total(flow) == 2, 5, "the COMMIT to arrive")
+    assert flow.message(raised.value.message_ids[0])["payload"] == {"n": 2}
+
+
+def test_a_frozen_server_holds_up_a_dispatch_for_seconds_only(
+    proxied, monkeypatch, mariadb_server: MariaDBServer
+):
+    flow, proxy = proxied
+    monkeypatch.setattr(database, "ANSWER_SECONDS", 1)
+    proxy.cut()
+    flow.send("thing.happened", {"n": 2})
+
+    with frozen(mariadb_server):
+        began = monotonic()
+        with pytest.raises(DispatchError):
+            flow.send("thing.happened", {"n": 3})
+        assert monotonic() - began < 2
+
+    flow.send("thing.happened", {"n": 4})
+    assert total(flow) == 3
+
+
+def test_a_frozen_server_holds_up_a_look_for_seconds_only(
+    mariadb_log, monkeypatch, mariadb_server: MariaDBServer
+):
+    monkeypatch.setattr(database, "ANSWER_SECONDS", 1)
+    its = Database(database_url(load_settings(mariadb_log)), sleep)
+    query = text("SELECT 1")
+    its.read(lambda tx: tx.connection.execute(query).scalar())
+
+    with frozen(mariadb_server):
+        began = monotonic()
+        with pytest.raises(StoreUnavailableError):
+            its.read(lambda tx: tx.connection.execute(query).scalar())
+        assert monotonic() - began < 2
+
+    assert its.read(lambda tx: tx.connection.execute(query).scalar()) == 1
+    its.close()
+
+
+def test_who_froze_in_a_transaction_keeps_its_locks_for_seconds_only(mariadb_log, monkeypatch):
+    """P8: others take over what a host had that lost its power, or its network."""
+    monkeypatch.setattr(database, "ORPHANED_SECONDS", 1)
+    stuck, other = (Database(database_url(load_settings(mariadb_log)), sleep) for _ in range(2))
+    change = text("UPDATE queue_version SET version_num = version_num")
+    tx = stuck._begin(durable=True, reckons=False)
+    tx.connection.execute(change)
+
+    began = monotonic()
+    other.run(lambda tx: tx.connection.execute(change))
+
+    assert 0.5 < monotonic() - began < 3
+    # and the one that comes to again finds another connection
+    stuck._roll_back()
+    stuck.run(lambda tx: tx.connection.execute(change))
+    for each in (stuck, other):
+        each.close()
+
+
+def test_a_server_that_takes_nothing_is_said_to_be_back_once_it_does(
+    proxied, mariadb_server, caplog
+):
+    """As a replica is, to which the others were failed over."""
+    flow, _ = proxied
+    mariadb_server.execute("SET GLOBAL read_only = 1")
+    try:
+        for n in range(2, 7):
+            with pytest.raises(DispatchError, match="read-only"):
+                flow.send("thing.happened", {"n": n})
+    finally:
+        mariadb_server.execute("SET GLOBAL read_only = 0")
+    assert "reachable again" not in caplog.text
+
+    flow.send("thing.happened", {"n": 7})
+
+    wait_until(lambda: "reachable again" in caplog.text, 5, "the line")
+    assert caplog.text.count("log or provider unreachable") == 1
