@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 ARGS   ?=
+N      ?= 200
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -9,7 +10,7 @@ LOCK := requirements-dev.lock
 DONE := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test test-others check format docs lock clean
+.PHONY: help setup demo run test test-others soak check format docs lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,7 +26,7 @@ run: $(DONE) ## Start the four services, and leave them running
 
 # Most tests wait for other processes, so three parts at once take little longer than one. The
 # first of these take longest; of tests/flow each has the files whose names begin so.
-PARTS := flow-r-z flow-d-q others flow-a-c
+PARTS := flow-r-z flow-d-q others flow-a-c faults
 
 test: $(DONE) ## Run the tests, in parts at once; ARGS='-k company' runs those
 ifeq ($(ARGS),)
@@ -37,8 +38,15 @@ endif
 test-flow-%: $(DONE)
 	@$(BIN)/python -m pytest tests/flow/test_[$*]*.py
 
+test-faults: $(DONE)
+	@$(BIN)/python -m pytest tests/faults
+
 test-others: $(DONE)
-	@$(BIN)/python -m pytest --ignore tests/flow
+	@$(BIN)/python -m pytest --ignore tests/flow --ignore tests/faults
+
+soak: $(DONE) ## Break N things while events flow, and account for them; SEED chooses the same again
+	@$(BIN)/python -W ignore -m tests.faults.soak --faults $(N) $(if $(SEED),--seed $(SEED)) \
+		--receipt docs/receipts/soak.md
 
 check: $(DONE) ## Check format, style, types, and which way imports run
 	$(BIN)/ruff format --check .

@@ -1,0 +1,215 @@
+"""Whether the promises were kept: what the driver knows, against what the message log says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from shared.lifecycle import DeliveryStatus, message_status
+from tests.faults.world import World
+
+HANDLERS = {"unit.sent": ("sink.note", "sink.obey"), "unit.grouped": ("sink.group",)}
+
+TRIES = 4
+"""Each dispatch says that it is to be retried three times."""
+
+
+@dataclass(slots=True)
+class Account:
+    """What was found.
+
+    :param wrong: each broken promise, in words.
+    """
+
+    stored: int = 0
+    raised: int = 0
+    uncertain: int = 0
+    deliveries: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    doubled: int = 0
+    takeovers: int = 0
+    lost: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, other: Account) -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class Record:
+    """What the sources wrote down."""
+
+    def __init__(self, path: Path) -> None:
+        self.payloads: dict[str, Any] = {}
+        self.stored: dict[str, str] = {}
+        self.raised: dict[str, str] = {}
+        self.surprises: list[str] = []
+        self.stopped = 0
+        for line in path.read_text().splitlines():
+            self._read(json.loads(line))
+
+    def _read(self, line: dict[str, Any]) -> None:
+        match line["what"]:
+            case "dispatching":
+                self.payloads |= {payload["n"]: payload for payload in line["events"]}
+            case "stored":
+                self.stored |= dict(zip(line["names"], line["ids"], strict=True))
+            case "raised":
+                self.raised |= dict.fromkeys(line["names"], line["error"])
+            case "surprised":
+                self.surprises.append(line["error"])
+            case "stopped":
+                self.stopped += 1
+
+    @property
+    def uncertain(self) -> set[str]:
+        """Those of whose fate the source was not told: uncertain, or it was killed."""
+        return self.payloads.keys() - self.stored.keys() - self.raised.keys()
+
+
+def check(world: World, connection: Connection) -> Account:
+    """Compare the log with what the sources and handlers wrote down."""
+    return _Audit(world, connection).account
+
+
+class _Audit:
+    def __init__(self, world: World, connection: Connection) -> None:
+        self.record = Record(world.record)
+        self.effects = world.flow.effects.all()
+        self.account = Account()
+        self._read(connection)
+        self._check_dispatches()
+        for name, message in self.messages.items():
+            self._check_message(name, message)
+        self._check_effects()
+        self._check_balance()
+
+    def _read(self, connection: Connection) -> None:
+        rows = connection.execute(
+            text("SELECT id, message_type, payload, status, retry_count FROM queue_messages")
+        ).all()
+        self.messages = {json.loads(row.payload)["n"]: row for row in rows}
+        if len(self.messages) < len(rows):
+            self._wrong(f"{len(rows) - len(self.messages)} events are stored twice")
+        self.deliveries: dict[str, list[Any]] = defaultdict(list)
+        found = connection.execute(
+            text(
+                "SELECT d.seq, d.message_id, d.status, d.attempts, d.takeovers, d.ready,"
+                " d.lease_expires_at, d.available_at, d.error_type, s.subscriber"
+                " FROM queue_deliveries d JOIN queue_subscriptions s ON s.id = d.subscription_id"
+            )
+        )
+        for row in found:
+            self.deliveries[row.message_id].append(row)
+        burnt = connection.execute(
+            text(
+                "SELECT delivery_seq, count(*) AS n FROM queue_attempts"
+                " WHERE outcome IN ('retry', 'failed') GROUP BY delivery_seq"
+            )
+        )
+        self.burnt = {row.delivery_seq: row.n for row in burnt}
+
+    def _check_dispatches(self) -> None:
+        record, account = self.record, self.account
+        account.stored, account.raised = len(record.stored), len(record.raised)
+        account.uncertain = len(record.uncertain)
+        for name, message_id in record.stored.items():
+            if name not in self.messages:
+                account.lost += 1
+                self._wrong(f"{name}: dispatch returned {message_id}, and it is not stored (P1)")
+            elif self.messages[name].id != message_id:
+                self._wrong(f"{name}: is stored as {self.messages[name].id}, not {message_id}")
+        for name in record.raised.keys() & self.messages.keys():
+            self._wrong(f"{name}: dispatch raised {record.raised[name]}, and it is stored (P1)")
+        for surprise in record.surprises:
+            self._wrong(f"dispatch raised what is no DispatchError: {surprise}")
+        for name in self.messages.keys() - record.payloads.keys():
+            self._wrong(f"{name}: nobody dispatched it")
+
+    def _check_message(self, name: str, message: Any) -> None:
+        its = self.deliveries[message.id]
+        wanted, got = HANDLERS[message.message_type], [row.subscriber for row in its]
+        if sorted(got) != sorted(wanted):
+            self.account.lost += 1
+            self._wrong(f"{name}: is for {wanted}, and went to {got} (P4)")
+        drawn = message_status(DeliveryStatus(row.status) for row in its)
+        if drawn != message.status:
+            self._wrong(f"{name}: is {message.status}, its deliveries {[r.status for r in its]}")
+        retries = max((row.attempts - 1 for row in its), default=0)
+        if message.retry_count != retries:
+            self._wrong(f"{name}: has retry_count {message.retry_count}, not {retries}")
+        for row in its:
+            self._check_delivery(name, row)
+
+    def _check_delivery(self, name: str, row: Any) -> None:
+        account = self.account
+        account.deliveries += 1
+        account.statuses[row.status] += 1
+        account.takeovers += row.takeovers
+        fails = self.record.payloads.get(name, {}).get("fail", 0)
+        fails = fails if row.subscriber == "sink.obey" else 0
+        wanted = "failed" if fails >= TRIES else "completed"
+        attempts = min(fails + 1, TRIES)
+        what = f"{name} to {row.subscriber} (delivery {row.seq})"
+        if row.status != wanted:
+            account.lost += 1
+            self._wrong(f"{what}: is {row.status} ({row.error_type}), not {wanted} (P4)")
+        elif row.attempts != attempts:
+            self._wrong(f"{what}: has {row.attempts} attempts, not {attempts} (P8)")
+        elif self.burnt.get(row.seq, 0) != min(fails, TRIES):
+            self._wrong(f"{what}: has a history of {self.burnt.get(row.seq, 0)}, not {fails}")
+        if row.ready or row.lease_expires_at or row.available_at:
+            self._wrong(f"{what}: is {row.status}, and still waits for something: {row}")
+
+    def _check_effects(self) -> None:
+        ran = Counter(
+            (effect["id"], f"sink.{effect['handler']}", effect["attempt"])
+            for effect in self.effects
+            if effect["what"] == "ran"
+        )
+        self.account.runs = ran.total()
+        self.account.doubled = ran.total() - len(ran)
+        ids = {message.id for message in self.messages.values()}
+        for message_id, subscriber, _ in ran:
+            if message_id not in ids:
+                self._wrong(f"{message_id}: was handled by {subscriber}, and is not stored (P1)")
+        for message_id, its in self.deliveries.items():
+            for row in its:
+                tries = range(1, row.attempts + 1)
+                missing = [n for n in tries if (message_id, row.subscriber, n) not in ran]
+                if missing and row.status in ("completed", "failed"):
+                    self.account.lost += 1
+                    self._wrong(
+                        f"{message_id}: is {row.status} for {row.subscriber},"
+                        f" which did not run attempt {missing} (P4)"
+                    )
+
+    def _check_balance(self) -> None:
+        messages = sum(len(HANDLERS[m.message_type]) for m in self.messages.values())
+        ended = self.account.statuses
+        if messages != ended["completed"] + ended["failed"]:
+            self._wrong(f"{messages} were dispatched, and ended so: {dict(ended)} (P11)")
+
+    def _wrong(self, said: str) -> None:
+        self.account.wrong.append(said)
+
+
+EXPECTED = ("ToldToFailError", "tests.faults.apps.sink.ToldToFailError")
+
+
+def tracebacks(world: World) -> Counter[str]:
+    """Count the errors in the logs of the processes that came with a traceback."""
+    found: Counter[str] = Counter()
+    for path in world.folder.glob("process-*.log"):
+        said = path.read_text(errors="replace")
+        for match in re.finditer(r"^Traceback .*\n(?:^(?:[ \t].*)?\n)+(^\S.*)$", said, re.M):
+            if not match[1].startswith(EXPECTED):
+                found[match[1][:200]] += 1
+    return found

@@ -1,0 +1,163 @@
+"""Breaks things in a world by a seed, and checks afterwards that its promises were kept."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import eventlet
+from sqlalchemy import text
+
+from shared.database import database_url, make_reader
+from shared.native import Signal
+from shared.providers import make_provider
+from shared.tables import SUBSCRIPTION_COLUMNS, subscription_of
+from tests.faults.account import Account, Record, check, tracebacks
+from tests.faults.faults import Step, catalogue, plan
+from tests.faults.world import World
+from tests.support.waiting import wait_until
+
+RECOVER_SECONDS = 60.0
+"""How long after a round it may take until anything is handled again."""
+
+END_SECONDS = 120.0
+"""How long after the last fault it may take until all is delivered."""
+
+
+@dataclass(slots=True)
+class Run:
+    """What one run did, and found."""
+
+    backend: str
+    seed: int
+    faults: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    slowest_recovery: float = 0.0
+    account: Account = field(default_factory=Account)
+    tracebacks: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        a = self.account
+        return (
+            f"{self.backend}, seed {self.seed}: {self.faults.total()} faults in"
+            f" {self.seconds:.0f} s; {a.stored} events stored, {a.raised} refused,"
+            f" {a.uncertain} uncertain; {a.deliveries} deliveries: {dict(a.statuses)};"
+            f" {a.lost} lost, {a.doubled} of {a.runs} runs doubled, {a.takeovers} taken over;"
+            f" slowest recovery {self.slowest_recovery:.1f} s"
+        )
+
+
+def run(
+    folder: Path,
+    backend: str,
+    seed: int,
+    faults: int,
+    say: Callable[[str], None] = print,
+    **env: str,
+) -> Run:
+    """Make a world, break so many things in it, and account for all that was dispatched."""
+    done = Run(backend, seed)
+    world = World(folder, backend, **env)
+    began = time.monotonic()
+    try:
+        world.start()
+        for steps in plan(catalogue(world), seed, faults):
+            say("; ".join(map(str, steps)))
+            _do(world, steps)
+            done.faults.update(step.fault.name for step in steps)
+            done.slowest_recovery = max(done.slowest_recovery, _recover(world))
+        done.account = settle(world)
+        done.tracebacks = tracebacks(world)
+    finally:
+        world.close()
+    done.seconds = time.monotonic() - began
+    return done
+
+
+def _do(world: World, steps: list[Step]) -> None:
+    began = time.monotonic()
+    with ThreadPoolExecutor(len(steps)) as pool:
+        for each in [pool.submit(_do_one, step, began) for step in steps]:
+            each.result()
+
+
+def _do_one(step: Step, began: float) -> None:
+    eventlet.sleep(max(0.0, began + step.after - time.monotonic()))
+    with step.fault.break_it(step.seconds):
+        eventlet.sleep(step.seconds)
+
+
+def _recover(world: World) -> float:
+    """Wait until handlers run again; return how many seconds it took."""
+    began, before = time.monotonic(), world.handled()
+    wait_until(
+        lambda: world.handled() > before,
+        RECOVER_SECONDS,
+        lambda: f"anything to be handled again: {world.state()}",
+    )
+    return time.monotonic() - began
+
+
+def settle(world: World) -> Account:
+    """Let everything come to its end, and account for it."""
+    world.stop_file.touch()
+    wait_until(
+        lambda: Record(world.record).stopped >= len(world.sources), END_SECONDS, "the sources"
+    )
+    reader = make_reader(database_url(world.flow.settings), eventlet.sleep)
+    try:
+        wait_until(lambda: not _left(reader), END_SECONDS, lambda: f"these: {_left(reader)}")
+        with reader.connect() as connection:
+            account = check(world, connection)
+            account.wrong += _left_at_the_provider(world, connection, account)
+    finally:
+        reader.dispose()
+    return account
+
+
+def _left(reader: Any) -> list[Any]:
+    """Return what has not ended yet, as counts."""
+    eventlet.sleep(0.1)
+    with reader.connect() as connection:
+        found = connection.execute(
+            text(
+                "SELECT status, ready, count(*), min(available_at), max(lease_expires_at)"
+                " FROM queue_deliveries WHERE status NOT IN ('completed', 'failed', 'discarded')"
+                " GROUP BY status, ready"
+            )
+        )
+        rows: list[Any] = list(found.all())
+        pending = connection.execute(
+            text("SELECT count(*) FROM queue_messages WHERE status NOT IN ('completed', 'failed')")
+        ).scalar_one()
+    return rows or ([("messages", pending)] if pending else [])
+
+
+def _left_at_the_provider(world: World, connection: Any, account: Account) -> list[str]:
+    """Say what the provider still has, though the log says that all has ended."""
+    rows = connection.execute(text("SELECT * FROM queue_subscriptions")).all()
+    names = [column.name for column in SUBSCRIPTION_COLUMNS]
+    assert set(names) <= set(rows[0]._fields)
+    subscriptions = [subscription_of(row) for row in rows]
+    provider = make_provider(world.flow.settings)
+    provider.initialize()
+    signal = Signal()
+
+    def left() -> list[str]:
+        provider.wait(0.1, signal.fileno())
+        stats = provider.get_queue_stats(subscriptions)
+        return [str(x) for x in stats if x.waiting or x.active or x.scheduled]
+
+    try:
+        wait_until(lambda: not left(), END_SECONDS, "")
+        return []
+    except AssertionError:
+        return [f"ended by the log, and still at the provider: {x}" for x in left()]
+    finally:
+        provider.close()
+        signal.close()

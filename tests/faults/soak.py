@@ -1,0 +1,136 @@
+"""Many faults, over all backends, and a receipt of what came of them.
+
+``python -m tests.faults.soak --faults 10000 --receipt docs/receipts/soak.md``. It ends with
+status 1 when a promise was broken; what the processes then said is kept.
+"""
+
+from __future__ import annotations
+
+import eventlet
+
+eventlet.monkey_patch()
+
+import argparse  # noqa: E402
+import platform  # noqa: E402
+import shutil  # noqa: E402
+import signal  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from collections import Counter  # noqa: E402
+from datetime import UTC, datetime  # noqa: E402
+from pathlib import Path  # noqa: E402
+from random import SystemRandom  # noqa: E402
+
+from shared.testing.servers import find_program, find_rabbitmq  # noqa: E402
+from tests.faults.account import Account  # noqa: E402
+from tests.faults.driver import Run, run  # noqa: E402
+from tests.faults.world import BACKENDS  # noqa: E402
+from tests.support.processes import ROOT  # noqa: E402
+
+FAULTS_A_RUN = 50
+"""Each run has servers and a message log of its own: what is counted at its end stays small."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults", type=int, default=200, help="altogether")
+    parser.add_argument("--seed", type=int, default=SystemRandom().randrange(1 << 32))
+    parser.add_argument("--backend", action="append", choices=list(BACKENDS))
+    parser.add_argument("--receipt", type=Path, help="a file to write")
+    options = parser.parse_args()
+    # so that what was started is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    backends = options.backend or list(BACKENDS)
+    began, runs = datetime.now(UTC), []
+    for number, (backend, faults) in enumerate(shares(options.faults, backends)):
+        runs.append(_one(backend, options.seed + number, faults))
+        if options.receipt:
+            options.receipt.parent.mkdir(parents=True, exist_ok=True)
+            options.receipt.write_text(receipt(runs, options.faults, options.seed, began))
+    return 1 if any(each.account.wrong for each in runs) else 0
+
+
+def shares(faults: int, backends: list[str]) -> list[tuple[str, int]]:
+    """Return the runs that so many faults are, over the backends in turn."""
+    found: list[tuple[str, int]] = []
+    while faults > 0:
+        count = min(faults, FAULTS_A_RUN)
+        found.append((backends[len(found) % len(backends)], count))
+        faults -= count
+    return found
+
+
+def _one(backend: str, seed: int, faults: int) -> Run:
+    folder = Path(tempfile.mkdtemp(prefix="nameko-soak-"))
+    print(f"{backend}: {faults} faults, seed {seed}", flush=True)
+    try:
+        done = run(folder, backend, seed, faults, lambda text: print(text, flush=True))
+    except Exception as exc:
+        wrong = [f"the run ended: {type(exc).__name__}: {exc}"]
+        done = Run(backend, seed, account=Account(wrong=wrong))
+    print(done, *done.account.wrong[:20], *done.tracebacks, sep="\n", flush=True)
+    if done.account.wrong or done.tracebacks:
+        print(f"what was said and written is in {folder}", flush=True)
+    else:
+        shutil.rmtree(folder)
+    return done
+
+
+def receipt(runs: list[Run], wanted: int, seed: int, began: datetime) -> str:
+    """Return what ran and what came of it, as Markdown."""
+    seconds = (datetime.now(UTC) - began).total_seconds()
+    done = sum(each.faults.total() for each in runs)
+    command = f"make soak N={wanted} SEED={seed}"
+    heads = ["Backend", "Faults", "Events stored", "Refused", "Uncertain", "Deliveries", "Lost"]
+    heads += ["Doubled runs", "Taken over", "Promises broken", "Slowest recovery"]
+    lines = [
+        "# Faults, and what came of them",
+        "",
+        f"`{command}`, begun {began:%Y-%m-%d %H:%M} UTC: {done} faults in {seconds:.0f} s.",
+        f"Commit {_said('git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD')}. {_versions()}",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"|{'---|' * len(heads)}",
+    ]
+    for backend in dict.fromkeys(each.backend for each in runs):
+        its = [each for each in runs if each.backend == backend]
+        total = Account()
+        for each in its:
+            total.add(each.account)
+        slowest = max(each.slowest_recovery for each in its)
+        lines.append(
+            f"| {backend} | {sum(each.faults.total() for each in its)} | {total.stored}"
+            f" | {total.raised} | {total.uncertain} | {total.deliveries} | {total.lost}"
+            f" | {total.doubled} of {total.runs} | {total.takeovers} | {len(total.wrong)}"
+            f" | {slowest:.1f} s |"
+        )
+    kinds = sum((each.faults for each in runs), Counter())
+    lines += ["", "| Fault | Times |", "|---|---|"]
+    lines += [f"| {name} | {count} |" for name, count in sorted(kinds.items())]
+    for each in runs:
+        said = [*each.account.wrong, *each.tracebacks]
+        if said:
+            lines += ["", f"{each.backend}, seed {each.seed}:", ""]
+            lines += [f"- {' '.join(line.split())[:300]}" for line in said[:20]]
+    return "\n".join(lines) + "\n"
+
+
+def _versions() -> str:
+    redis = _said(find_program("redis-server", "redis-server"), "--version").split("v=")[1]
+    mariadb = _said(find_program("mariadbd", "mariadb-server"), "--version").split("Ver ")[1]
+    rabbitmq = Path(find_rabbitmq("rabbitmq-server")).resolve().parent.parent.name
+    return (
+        f"Python {platform.python_version()}, Redis {redis.split()[0]},"
+        f" MariaDB {mariadb.split()[0]}, {rabbitmq}, {platform.system()} on"
+        f" {platform.machine()}."
+    )
+
+
+def _said(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
