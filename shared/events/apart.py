@@ -525,9 +525,11 @@ class ApartPump(Pump):
             self._tell(Free([x.lease.key for x in detached]))
             self._sweep_at = 0.0
         for outcome in [*turn.stored, *turn.refused]:
-            self._began.pop(outcome.lease.delivery.seq, None)
             self._detached.discard(outcome.lease.delivery.seq)
-            self._lost.discard(outcome.lease.delivery.seq)
+            # while its outcome gathered it may have come again, and run
+            if outcome.lease.delivery.seq not in self._active:
+                self._began.pop(outcome.lease.delivery.seq, None)
+                self._lost.discard(outcome.lease.delivery.seq)
 
     def _is_detached(self, outcome: Outcome) -> bool:
         return outcome.lease.delivery.seq in self._detached

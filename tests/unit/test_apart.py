@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from math import inf
 from typing import Any
 from unittest.mock import Mock
 
@@ -10,7 +12,7 @@ import pytest
 
 from shared.errors import StoreUnavailableError
 from shared.events.apart import ApartPump
-from shared.events.commands import Published
+from shared.events.commands import Published, Reserved
 from shared.native import Mailbox
 from shared.providers import Capabilities
 from shared.settings import load_settings
@@ -91,3 +93,35 @@ class TestOutcomes:
         pump._do_together_or_singly(turn)
 
         assert statuses(store, outcomes) == ["completed", "completed"]
+
+
+class TestWhatComesAgain:
+    def test_while_its_outcome_gathers_runs_and_is_kept_in_hand(self, store: Log) -> None:
+        """Given a broker that closes the connection, and gives what was unsettled once more."""
+        provider = Mock(capabilities=Capabilities(leases_expire=False), longest_lease=1800.0)
+        pump = ApartPump(load_settings(store.config), provider, Mailbox(), Mock(), Mock(), Mock())
+        pump._connect()
+        store.subscribe()
+        [first, _] = completed(store)
+        pump._hand_out([first.lease])
+        send(pump, first)
+        pump._turn()
+        pump._store_at = inf
+        again = replace(first.lease, token=0, redelivered=True, handle="again")
+        send(pump, Reserved([again]))
+        pump._turn()
+        assert [lease.key for lease in pump._active.values()] == ["again"]
+
+        pump._store_at = pump._renew_at = 0.0
+        pump._turn()
+        pump._renew_at = 0.0
+        pump._turn()
+
+        [lease] = pump._active.values()
+        send(pump, Outcome(lease, COMPLETED))
+        pump._turn()
+        pump._store_at = 0.0
+        pump._turn()
+        assert statuses(store, [first]) == ["completed"]
+        pump._database.close()
+        pump._mailbox.close()
