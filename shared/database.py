@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pymysql.err import MySQLError
 from sqlalchemy import URL, ColumnElement, Connection, Engine, create_engine, event, func, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
@@ -93,20 +94,44 @@ def database_url(settings: Settings, name: str = "queue") -> URL:
 
 def make_reader(url: URL, sleep: Sleep) -> Engine:
     """Make an engine that only reads: it takes no lock, and waits for nobody's transaction."""
-    engine = make_engine(url, sleep)
-    return engine.execution_options(isolation_level="AUTOCOMMIT")
+    return _as_reader(make_engine, url, sleep)
 
 
-def make_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
+def _as_reader(make: Callable[..., Engine], url: URL, sleep: Sleep) -> Engine:
+    if url.get_backend_name() == "sqlite":
+        return make(url, sleep).execution_options(isolation_level="AUTOCOMMIT")
+    # as the connection is made: SQLAlchemy passes on what the driver raises any later
+    return make(url, sleep, isolation_level="AUTOCOMMIT")
+
+
+@contextlib.contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """Connect for SELECTs alone, past any transaction: what is only looked at locks nothing.
+
+    :raises SQLAlchemyError: also where the connection is lost before the first of them.
+    """
+    with engine.connect() as connection:
+        try:
+            connection.execution_options(isolation_level="AUTOCOMMIT")
+        except MySQLError as exc:
+            connection.invalidate()
+            raise OperationalError("SET AUTOCOMMIT", None, exc) from exc
+        yield connection
+
+
+def make_engine(
+    url: URL, sleep: Sleep, *, isolation_level: Any = "READ COMMITTED", **options: Any
+) -> Engine:
     """Make an engine for one thread, or for one hub.
 
     :param sleep: how that thread waits: ``eventlet.sleep`` on the hub.
+    :param isolation_level: on MySQL and MariaDB.
     """
     if url.get_backend_name() == "sqlite":
         return _sqlite_engine(url, sleep, options)
     engine = create_engine(
         url,
-        isolation_level="READ COMMITTED",
+        isolation_level=isolation_level,
         pool_pre_ping=True,
         # by place, as on SQLite: what statements.py reckons with
         paramstyle="format",
@@ -117,9 +142,9 @@ def make_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
     return engine
 
 
-def _thread_engine(url: URL, sleep: Sleep) -> Engine:
+def _thread_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
     """Make the engine of a native thread, whose transactions are short, and end in any case."""
-    engine = make_engine(url, sleep)
+    engine = make_engine(url, sleep, **options)
     if engine.dialect.name != "sqlite":
         event.listen(engine, "do_connect", _connect_with_deadlines)
         event.listen(engine, "connect", _end_orphans)
@@ -279,8 +304,7 @@ class Database:
         was_kept, began = self._reader is not None, time.monotonic()
         try:
             if self._reader is None:
-                engine = _thread_engine(self._engine.url, self._sleep)
-                self._reader = engine.execution_options(isolation_level="AUTOCOMMIT").connect()
+                self._reader = _as_reader(_thread_engine, self._engine.url, self._sleep).connect()
             return query(Transaction(self._reader, self._clock))
         except SQLAlchemyError as exc:
             self._drop_reader()

@@ -19,6 +19,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from shared.database import reading
 from shared.errors import InboxError
 from shared.settings import refuse_start
 from shared.store import inbox as rows
@@ -77,9 +78,7 @@ class Inbox:
 
     def handled(self, message_ids: Sequence[str]) -> set[str]:
         """Return which of these messages are handled."""
-        with self._provider.engine.connect() as connection:
-            # what is only looked at locks nothing
-            connection.execution_options(isolation_level="AUTOCOMMIT")
+        with reading(self._provider.engine) as connection:
             return rows.handled(connection, self.table, self.subscriber, message_ids)
 
     def run(self, service: Any, message_ids: Sequence[str], handler: Callable[[], Any]) -> Any:

@@ -14,6 +14,7 @@ from nameko_sqlalchemy import Database, DatabaseSession
 from sqlalchemy import Engine, MetaData, event
 from sqlalchemy.exc import SQLAlchemyError
 
+from shared.database import reading
 from shared.errors import DispatchError, DispatchRefusedError
 from shared.events.client import QueueClient
 from shared.store import outbox
@@ -84,8 +85,7 @@ class Relay:
 
     def sweep(self) -> int:
         """Hand over the oldest events, and remove them; return how many there were."""
-        with self._engine.connect() as connection:
-            connection.execution_options(isolation_level="AUTOCOMMIT")
+        with reading(self._engine) as connection:
             found = outbox.oldest(connection, self._outbox, BATCH)
         self._client.counts.note_outbox(bool(found))
         readable = [(row, envelope) for row in found for envelope in self._read(row)]

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from time import monotonic
 
 import eventlet
+import pymysql
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 
 from shared import database
 from shared.database import Database, database_url
@@ -107,6 +109,28 @@ def test_a_frozen_server_holds_up_a_look_for_seconds_only(
 
     assert its.read(lambda tx: tx.connection.execute(query).scalar()) == 1
     its.close()
+
+
+@pytest.mark.parametrize("kind", ["of a thread", "of a service"])
+def test_a_connection_that_is_lost_as_it_is_made_is_said_in_one_way(mariadb_log, monkeypatch, kind):
+    """Not by what the driver raises, which nobody expects."""
+    url = database_url(load_settings(mariadb_log))
+
+    def set_autocommit(_connection, value):
+        if value:
+            raise pymysql.err.OperationalError(2013, "Lost connection")
+
+    monkeypatch.setattr(pymysql.connections.Connection, "autocommit", set_autocommit)
+    if kind == "of a thread":
+        its = Database(url, sleep)
+        with pytest.raises(StoreUnavailableError):
+            its.read(lambda tx: tx.connection.execute(text("SELECT 1")).scalar())
+        its.close()
+    else:
+        engine = database.make_engine(url, sleep)
+        with pytest.raises(SQLAlchemyError), database.reading(engine) as connection:
+            connection.execute(text("SELECT 1"))
+        engine.dispose()
 
 
 def test_who_froze_in_a_transaction_keeps_its_locks_for_seconds_only(mariadb_log, monkeypatch):
