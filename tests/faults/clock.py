@@ -22,6 +22,7 @@ class Clock:
         self._file = folder / "clock-offset"
         self._library = folder / "clock.so"
         self._set(0)
+        self.has_moved = False
         self.is_there = (compiler := shutil.which("cc")) is not None
         if compiler:
             made = [compiler, "-shared", "-fPIC", "-O1", "-o", str(self._library), str(SOURCE)]
@@ -37,6 +38,7 @@ class Clock:
     @contextlib.contextmanager
     def moved(self, seconds: float) -> Iterator[None]:
         """Move it, and back."""
+        self.has_moved = True
         self._set(seconds)
         try:
             yield

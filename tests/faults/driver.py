@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import eventlet
+from click.testing import CliRunner
 from sqlalchemy import text
 
+from shared.cli import main
 from shared.database import database_url, make_reader
 from shared.native import Signal
 from shared.providers import make_provider
@@ -45,9 +49,10 @@ class Run:
         a = self.account
         return (
             f"{self.backend}, seed {self.seed}: {self.faults.total()} faults in"
-            f" {self.seconds:.0f} s; {a.stored} events stored, {a.raised} refused,"
-            f" {a.uncertain} uncertain; {a.deliveries} deliveries: {dict(a.statuses)};"
-            f" {a.lost} lost, {a.doubled} of {a.runs} runs doubled, {a.takeovers} taken over;"
+            f" {self.seconds:.0f} s; {a.stored} events stored, {a.outboxed} of them by an outbox,"
+            f" {a.raised} refused, {a.rolled_back} rolled back, {a.uncertain} uncertain;"
+            f" {a.deliveries} deliveries: {dict(a.statuses)}; {a.lost} lost,"
+            f" {a.doubled} of {a.runs} runs doubled, {a.takeovers} taken over;"
             f" slowest recovery {self.slowest_recovery:.1f} s"
         )
 
@@ -66,12 +71,21 @@ def run(
     began = time.monotonic()
     try:
         world.start()
+        refused: list[str] = []
+        was_of_broker = True
         for steps in plan(catalogue(world), seed, faults):
             say("; ".join(map(str, steps)))
+            before = len(Record(world.record).raised)
             _do(world, steps)
             done.faults.update(step.fault.name for step in steps)
             done.slowest_recovery = max(done.slowest_recovery, _recover(world))
+            is_of_broker = all(step.fault.is_of_broker for step in steps)
+            # what the round before broke may be felt for a while
+            if is_of_broker and was_of_broker:
+                refused += list(Record(world.record).raised.values())[before:]
+            was_of_broker = is_of_broker
         done.account = settle(world)
+        done.account.wrong += [f"the broker alone was broken: {each} (P2)" for each in refused]
         done.tracebacks = tracebacks(world)
     finally:
         world.close()
@@ -111,18 +125,53 @@ def settle(world: World) -> Account:
     )
     reader = make_reader(database_url(world.flow.settings), eventlet.sleep)
     try:
-        wait_until(lambda: not _left(reader), END_SECONDS, lambda: f"these: {_left(reader)}")
+        wait_until(lambda: not _in_outbox(world), END_SECONDS, "the outbox to be relayed")
+        repair = partial(_audit, world, "--repair") if world.has_lost else None
+        wait_until(
+            lambda: not _left(reader, repair), END_SECONDS, lambda: f"these: {_left(reader)}"
+        )
         with reader.connect() as connection:
             account = check(world, connection)
             account.wrong += _left_at_the_provider(world, connection, account)
+        account.wrong += _books(world, account)
     finally:
         reader.dispose()
     return account
 
 
-def _left(reader: Any) -> list[Any]:
+def _in_outbox(world: World) -> int:
+    eventlet.sleep(0.1)
+    with world.own_engine("source") as engine, engine.connect() as connection:
+        return int(connection.execute(text("SELECT count(*) FROM source_outbox")).scalar_one())
+
+
+def _audit(world: World, *options: str) -> tuple[int, str]:
+    """Run ``queuectl audit``; return its status, and what it says."""
+    done = CliRunner().invoke(main, ["audit", "--json", *options], env=world.flow.env)
+    return done.exit_code, done.output
+
+
+def _books(world: World, account: Account) -> list[str]:
+    """Say where ``queuectl audit`` has other figures than those who dispatched (P11)."""
+    status, said = _audit(world)
+    if status:
+        return [f"the audit ends with {status}: {said} (P11)"]
+    total = Counter[str]()
+    for each in json.loads(said)["subscriptions"]:
+        total.update({name: each[name] for name in ("dispatched", "completed", "dead")})
+    mine = {
+        "dispatched": account.deliveries,
+        "completed": account.statuses["completed"],
+        "dead": account.statuses["failed"],
+    }
+    return [] if total == mine else [f"the audit has {dict(total)}, and not {mine} (P11)"]
+
+
+def _left(reader: Any, repair: Callable[[], Any] | None = None) -> list[Any]:
     """Return what has not ended yet, as counts."""
     eventlet.sleep(0.1)
+    if repair is not None:
+        repair()
     with reader.connect() as connection:
         found = connection.execute(
             text(

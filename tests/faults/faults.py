@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -40,6 +41,11 @@ class Fault:
     break_it: Callable[[float], Breaking]
     longest: float
     weight: float = 1.0
+
+    @property
+    def is_of_broker(self) -> bool:
+        """Whether it concerns nothing but the broker, and the way to it."""
+        return self.target == "broker" or self.target.endswith(" to broker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,8 @@ def catalogue(world: World) -> list[Fault]:
     found = [fault for member in world.members for fault in _of_process(member)]
     for name, server in world.servers.items():
         found += _of_server(name, server)
+        if isinstance(server, RedisServer):
+            found.append(Fault("wipe", name, lambda _, its=server: wiped(world, its), 0.1))
     if not world.servers:
         found += _of_sqlite(world)
     if world.clock.is_there and world.backend in ("sqlite", "redis"):
@@ -251,6 +259,14 @@ def _ask(server: RedisServer, command: str) -> None:
         client.execute_command(*command.split())
 
 
+@contextlib.contextmanager
+def wiped(world: World, server: RedisServer) -> Iterator[None]:
+    """It loses all that it had; an audit at the end finds out."""
+    world.has_lost = True
+    _ask(server, "FLUSHALL")
+    yield
+
+
 def _of_rabbitmq(name: str, server: RabbitMQServer) -> Iterator[Fault]:
     yield Fault("alarm", name, lambda _: alarmed(server), 3, 0.5)
 
@@ -269,10 +285,13 @@ def alarmed(server: RabbitMQServer) -> Iterator[None]:
 
 
 def _of_sqlite(world: World) -> Iterator[Fault]:
-    path = world.flow.folder / "var" / "queue.db"
-    # longer than anybody waits for the lock
-    yield Fault("held by a writer", "file", lambda _: held(str(path), "BEGIN IMMEDIATE"), 8, 2)
-    yield Fault("held by a reader", "file", lambda _: held(str(path), "BEGIN"), 8)
+    # longer than anybody waits for the lock; services have files of their own
+    for name, weight in (("queue", 2), ("source", 0.5), ("sink", 0.5)):
+        path = str(world.flow.folder / "var" / f"{name}.db")
+        by_writer = partial(held, path, "BEGIN IMMEDIATE")
+        by_reader = partial(held, path, "BEGIN")
+        yield Fault("held by a writer", name, lambda _, hold=by_writer: hold(), 8, weight)
+        yield Fault("held by a reader", name, lambda _, hold=by_reader: hold(), 8, weight / 2)
 
     for member in world.members:
         size = lambda _, member=member: full(world, member.process)  # noqa: E731
@@ -301,5 +320,5 @@ def held(path: str, begin: str) -> Iterator[None]:
     """As another program would that was frozen in a transaction."""
     with closing(sqlite3.connect(path, isolation_level=None, timeout=30)) as connection:
         connection.execute(begin)
-        connection.execute("SELECT count(*) FROM queue_version").fetchall()
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
         yield

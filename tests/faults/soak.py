@@ -32,6 +32,13 @@ FAULTS_A_RUN = 50
 """Each run has servers and a message log of its own: what is counted at its end stays small."""
 
 
+READING = """\
+Lost is what was stored and not handled, or handled and not noted. Booked by inbox are the rows of a
+handler with an inbox: one for each of its events. Doubled runs are those that came again after a
+fault, which is at least once. Taken over is from who was killed or frozen. Each broken promise is
+listed below, with the seed that has it happen; where there is no list, there is none."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=200, help="altogether")
@@ -82,8 +89,17 @@ def receipt(runs: list[Run], wanted: int, seed: int, began: datetime) -> str:
     seconds = (datetime.now(UTC) - began).total_seconds()
     done = sum(each.faults.total() for each in runs)
     command = f"make soak N={wanted} SEED={seed}"
-    heads = ["Backend", "Faults", "Events stored", "Refused", "Uncertain", "Deliveries", "Lost"]
-    heads += ["Doubled runs", "Taken over", "Promises broken", "Slowest recovery"]
+    heads = ["Backend", "Faults", "Events stored", "By outbox", "Refused", "Rolled back"]
+    heads += [
+        "Uncertain",
+        "Deliveries",
+        "Lost",
+        "Booked by inbox",
+        "Doubled runs",
+        "Taken over",
+        "Promises broken",
+        "Slowest recovery",
+    ]
     lines = [
         "# Faults, and what came of them",
         "",
@@ -101,13 +117,15 @@ def receipt(runs: list[Run], wanted: int, seed: int, began: datetime) -> str:
         slowest = max(each.slowest_recovery for each in its)
         lines.append(
             f"| {backend} | {sum(each.faults.total() for each in its)} | {total.stored}"
-            f" | {total.raised} | {total.uncertain} | {total.deliveries} | {total.lost}"
+            f" | {total.outboxed} | {total.raised} | {total.rolled_back} | {total.uncertain}"
+            f" | {total.deliveries} | {total.lost} | {total.booked}"
             f" | {total.doubled} of {total.runs} | {total.takeovers} | {len(total.wrong)}"
             f" | {slowest:.1f} s |"
         )
     kinds = sum((each.faults for each in runs), Counter())
     lines += ["", "| Fault | Times |", "|---|---|"]
     lines += [f"| {name} | {count} |" for name, count in sorted(kinds.items())]
+    lines += ["", READING]
     for each in runs:
         said = [*each.account.wrong, *each.tracebacks]
         if said:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import eventlet
+from sqlalchemy import Engine, MetaData
+
+from shared.database import database_url, make_engine
 from shared.testing.servers import MariaDBServer, RabbitMQServer, RedisServer, Server
 from tests.conftest import migrate
+from tests.faults.apps import sink, source
 from tests.faults.clock import Clock
 from tests.faults.proxy import Proxy
 from tests.flow.conftest import Flow
@@ -17,6 +23,11 @@ from tests.support.waiting import wait_until
 
 SOURCE = "tests.faults.apps.source"
 SINK = "tests.faults.apps.sink"
+
+OWN_TABLES: Mapping[str, MetaData] = {
+    "source": source.Base.metadata,
+    "sink": sink.Base.metadata,
+}
 
 SETTINGS = {
     "QUEUE_LEASE_SECONDS": "2",
@@ -46,6 +57,8 @@ class World:
         self.clock = Clock(folder)
         self.servers: dict[str, Server] = {}
         self.members: list[Member] = []
+        self.has_lost = False
+        """Whether the provider lost what it had, so that an audit has to find it."""
         self._env = {**SETTINGS, **env}
         for name, ports in BACKENDS[backend].items():
             self._add_server(name, ports)
@@ -65,6 +78,9 @@ class World:
 
     def start(self, sources: int = 2, sinks: int = 2) -> None:
         """Start the processes; return once the handlers are there, and dispatching began."""
+        for service, its in OWN_TABLES.items():
+            with self.own_engine(service) as engine:
+                its.create_all(engine)
         for number in range(sinks):
             self._join(f"sink-{number}", SINK)
         wait_until(self._are_subscribed, 60, self.state)
@@ -75,6 +91,15 @@ class World:
     def handled(self) -> int:
         """Return how many lines the handlers wrote."""
         return self.flow.effects.path.read_bytes().count(b"\n")
+
+    @contextlib.contextmanager
+    def own_engine(self, service: str) -> Iterator[Engine]:
+        """Connect to a service's own database."""
+        engine = make_engine(database_url(self.flow.settings, service), eventlet.sleep)
+        try:
+            yield engine
+        finally:
+            engine.dispose()
 
     def _are_subscribed(self) -> bool:
         return all("queue ready" in member.process.output() for member in self.sinks)
