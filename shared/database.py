@@ -151,6 +151,14 @@ def _thread_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
     return engine
 
 
+def _patient_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
+    """Make the engine of a native thread whose queries may take long."""
+    engine = make_engine(url, sleep, **options)
+    if engine.dialect.name != "sqlite":
+        event.listen(engine, "do_connect", connect_natively)
+    return engine
+
+
 def _connect_with_deadlines(
     dialect: Any, record: Any, args: Any, options: dict[str, Any]
 ) -> NativeConnection:
@@ -230,11 +238,15 @@ def _was_lost(error: BaseException | None, began: float) -> bool:
 
 
 class Database:
-    """The one connection of one native thread, made anew after it was lost."""
+    """The one connection of one native thread, made anew after it was lost.
 
-    def __init__(self, url: URL, sleep: Sleep) -> None:
+    :param is_patient: nobody who dispatches waits for it, and it may look through all there is.
+    """
+
+    def __init__(self, url: URL, sleep: Sleep, *, is_patient: bool = False) -> None:
         self._sleep = sleep
-        self._engine = _thread_engine(url, sleep)
+        self._make_engine = _patient_engine if is_patient else _thread_engine
+        self._engine = self._make_engine(url, sleep)
         self._connection: Connection | None = None
         self._is_durable = True
         self._file: tuple[int, int] | None = None
@@ -304,7 +316,9 @@ class Database:
         was_kept, began = self._reader is not None, time.monotonic()
         try:
             if self._reader is None:
-                self._reader = _as_reader(_thread_engine, self._engine.url, self._sleep).connect()
+                self._reader = _as_reader(
+                    self._make_engine, self._engine.url, self._sleep
+                ).connect()
             return query(Transaction(self._reader, self._clock))
         except SQLAlchemyError as exc:
             self._drop_reader()

@@ -211,7 +211,7 @@ class Audit:
         self._settings = settings
         self._provider = make_provider(settings)
         self._is_joined = self._provider.capabilities.joins_log
-        self._database = Database(database_url(settings), sleep)
+        self._database = Database(database_url(settings), sleep, is_patient=True)
 
     def accounts(self) -> list[Account]:
         """Return what became of the deliveries of each subscription, by the log.

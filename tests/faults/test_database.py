@@ -111,6 +111,21 @@ def test_a_frozen_server_holds_up_a_look_for_seconds_only(
     its.close()
 
 
+def test_who_looks_through_all_there_is_may_take_longer(mariadb_log, monkeypatch):
+    monkeypatch.setattr(database, "ANSWER_SECONDS", 0.3)
+    url = database_url(load_settings(mariadb_log))
+    hasty, patient = Database(url, sleep), Database(url, sleep, is_patient=True)
+
+    def look(tx: database.Transaction) -> object:
+        return tx.connection.execute(text("SELECT SLEEP(1)")).scalar()
+
+    with pytest.raises(StoreUnavailableError):
+        hasty.read(look)
+    assert patient.read(look) == 0
+    for each in (hasty, patient):
+        each.close()
+
+
 @pytest.mark.parametrize("kind", ["of a thread", "of a service"])
 def test_a_connection_that_is_lost_as_it_is_made_is_said_in_one_way(mariadb_log, monkeypatch, kind):
     """Not by what the driver raises, which nobody expects."""
