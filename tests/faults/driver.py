@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from shared.native import Signal
 from shared.providers import make_provider
 from shared.tables import SUBSCRIPTION_COLUMNS, subscription_of
 from tests.faults.account import Account, Record, check, tracebacks
-from tests.faults.faults import Step, catalogue, plan
+from tests.faults.faults import Step, always, catalogue, plan
 from tests.faults.world import World
 from tests.support.waiting import wait_until
 
@@ -63,9 +63,14 @@ def run(
     seed: int,
     faults: int,
     say: Callable[[str], None] = print,
+    *,
+    killed: Sequence[str] = (),
     **env: str,
 ) -> Run:
-    """Make a world, break so many things in it, and account for all that was dispatched."""
+    """Make a world, break so many things in it, and account for all that was dispatched.
+
+    :param killed: what is killed besides, in any case.
+    """
     done = Run(backend, seed)
     world = World(folder, backend, **env)
     began = time.monotonic()
@@ -73,7 +78,8 @@ def run(
         world.start()
         refused: list[str] = []
         was_of_broker = True
-        for steps in plan(catalogue(world), seed, faults):
+        possible = catalogue(world)
+        for steps in [*always(possible, killed), *plan(possible, seed, faults)]:
             say("; ".join(map(str, steps)))
             before = len(Record(world.record).raised)
             _do(world, steps)

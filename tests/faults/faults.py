@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
@@ -80,13 +80,19 @@ def plan(catalogue: list[Fault], seed: int, count: int) -> list[list[Step]]:
     return rounds
 
 
+def always(catalogue: list[Fault], targets: Sequence[str]) -> list[list[Step]]:
+    """Return the rounds in which each of these, as far as it is there, is killed by itself."""
+    kills = {fault.target: fault for fault in catalogue if fault.name == "kill"}
+    return [[Step(kills[each], 0, 0.5)] for each in targets if each in kills]
+
+
 def catalogue(world: World) -> list[Fault]:
     """Return what can be broken in a world."""
     found = [fault for member in world.members for fault in _of_process(member)]
     for name, server in world.servers.items():
         found += _of_server(name, server)
         if isinstance(server, RedisServer):
-            found.append(Fault("wipe", name, lambda _, its=server: wiped(world, its), 0.1))
+            found.append(Fault("wipe", name, lambda _, its=server: wiped(world, its), 0.1, 4))
     if not world.servers:
         found += _of_sqlite(world)
     if world.clock.is_there and world.backend in ("sqlite", "redis"):
@@ -167,11 +173,12 @@ def _at_once(action: Callable[[], object]) -> Iterator[None]:
 
 
 def _of_server(name: str, server: Server) -> Iterator[Fault]:
-    yield Fault("kill", name, lambda _: away(server, server.kill), 2)
+    # there are many ways to it, and each has as many faults
+    yield Fault("kill", name, lambda _: away(server, server.kill), 2, 5)
     if not isinstance(server, RabbitMQServer):
         # RabbitMQ's own way of stopping takes seconds, and is a kill with a goodbye
-        yield Fault("stop", name, lambda _: away(server, server.stop), 2)
-    yield Fault("freeze", name, lambda _: frozen(_pid(server)), 8)
+        yield Fault("stop", name, lambda _: away(server, server.stop), 2, 3)
+    yield Fault("freeze", name, lambda _: frozen(_pid(server)), 8, 4)
     own: Mapping[type[Server], Callable[[str, Any], Iterator[Fault]]] = {
         MariaDBServer: _of_mariadb,
         RedisServer: _of_redis,
