@@ -46,7 +46,7 @@ from shared.types import (
     new_message_id,
 )
 from tests.conformance.labs import OnRabbitMQ
-from tests.support.waiting import wait_until
+from tests.support.waiting import PROMPTLY, wait_until
 
 BY_RABBITMQ = {
     "QUEUE_PROVIDER": "shared.providers.rabbitmq:RabbitMQProvider",
@@ -541,7 +541,7 @@ class TestDelays:
         for seq, delay in [(2, 0.3), (3, 0.7), (1, 1.0)]:
             [lease] = reserve_within(provider, interrupt)
             assert lease.delivery.seq == seq
-            assert delay - 0.1 <= monotonic() - begin <= delay + 0.5
+            assert delay - 0.1 <= monotonic() - begin <= delay + PROMPTLY
             settle(provider, "acknowledge", lease)
 
     def test_may_follow_each_other(self, provider: RabbitMQProvider, interrupt: int) -> None:
