@@ -109,7 +109,7 @@ def test_a_frozen_worker_cannot_settle_what_was_taken_over(flow):
 
     os.kill(frozen.pid, signal.SIGSTOP)
     # on RabbitMQ when two heartbeats were missed
-    flow.effects.wait_for(2, handler="first", what="ran", timeout=50)
+    flow.effects.wait_for(2, handler="first", what="ran", timeout=90)
     os.kill(frozen.pid, signal.SIGCONT)
     flow.effects.wait_for(2, handler="first", what="done", timeout=15)
 
