@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, MetaData, inspect, text
 
+from shared.database import reading
 from shared.tables import metadata
 
 ENTRY_POINT_GROUP = "queue_service.tables"
@@ -73,23 +74,26 @@ def missing(engine: Engine, migrations: Migrations) -> str | None:
 
     :raises SQLAlchemyError: when the database does not answer.
     """
-    with engine.connect() as connection:
-        current = migrations.current(connection)
+    current = _current(engine, migrations)
     if (current or "") >= migrations.newest():
         return None
     state = "are missing" if current is None else f"are at version {current}"
     return f"the tables of {migrations.name} {state}: run queuectl db upgrade"
 
 
+def _current(engine: Engine, migrations: Migrations) -> str | None:
+    # past the write lock, which somebody may hold for long: what is up to date starts all the same
+    with reading(engine) as connection:
+        return migrations.current(connection)
+
+
 def upgrade(engine: Engine, migrations: Migrations) -> str | None:
     """Bring a database to the newest version; return it, or ``None`` if it was there already."""
+    newest = migrations.newest()
+    # a database from a newer release is left alone: its tables still fit
+    if (_current(engine, migrations) or "") >= newest:
+        return None
     with engine.connect() as connection:
-        newest = migrations.newest()
-        current = migrations.current(connection)
-        connection.rollback()
-        # a database from a newer release is left alone: its tables still fit
-        if (current or "") >= newest:
-            return None
         _run(connection, migrations)
         connection.commit()
         return newest

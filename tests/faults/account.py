@@ -49,6 +49,8 @@ class Account:
     doubled: int = 0
     takeovers: int = 0
     lost: int = 0
+    put_back: int = 0
+    """Deliveries that a provider had lost, as an audit found."""
     wrong: list[str] = field(default_factory=list)
 
     def add(self, other: Account) -> None:

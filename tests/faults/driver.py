@@ -132,12 +132,14 @@ def settle(world: World) -> Account:
     reader = make_reader(database_url(world.flow.settings), eventlet.sleep)
     try:
         wait_until(lambda: not _in_outbox(world), END_SECONDS, "the outbox to be relayed")
-        repair = partial(_audit, world, "--repair") if world.has_lost else None
+        repaired: list[int] = []
+        repair = partial(_repair, world, repaired) if world.has_lost else None
         wait_until(
             lambda: not _left(reader, repair), END_SECONDS, lambda: f"these: {_left(reader)}"
         )
         with reader.connect() as connection:
             account = check(world, connection)
+            account.put_back = sum(repaired)
             account.wrong += _left_at_the_provider(world, connection, account)
         account.wrong += _books(world, account)
     finally:
@@ -155,6 +157,13 @@ def _audit(world: World, *options: str) -> tuple[int, str]:
     """Run ``queuectl audit``; return its status, and what it says."""
     done = CliRunner().invoke(main, ["audit", "--json", *options], env=world.flow.env)
     return done.exit_code, done.output
+
+
+def _repair(world: World, repaired: list[int]) -> None:
+    """Do as ``queue_admin`` does from time to time; note how many deliveries were missing."""
+    status, said = _audit(world, "--repair")
+    if status == 0:
+        repaired.append(json.loads(said)["missing"])
 
 
 def _books(world: World, account: Account) -> list[str]:

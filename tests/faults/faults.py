@@ -90,7 +90,7 @@ def catalogue(world: World) -> list[Fault]:
     """Return what can be broken in a world."""
     found = [fault for member in world.members for fault in _of_process(member)]
     for name, server in world.servers.items():
-        found += _of_server(name, server)
+        found += _of_server(world, name, server)
         if isinstance(server, RedisServer):
             found.append(Fault("wipe", name, lambda _, its=server: wiped(world, its), 0.1, 4))
     if not world.servers:
@@ -172,9 +172,9 @@ def _at_once(action: Callable[[], object]) -> Iterator[None]:
 # --- servers
 
 
-def _of_server(name: str, server: Server) -> Iterator[Fault]:
+def _of_server(world: World, name: str, server: Server) -> Iterator[Fault]:
     # there are many ways to it, and each has as many faults
-    yield Fault("kill", name, lambda _: away(server, server.kill), 2, 5)
+    yield Fault("kill", name, lambda _: crashed(world, server), 2, 5)
     if not isinstance(server, RabbitMQServer):
         # RabbitMQ's own way of stopping takes seconds, and is a kill with a goodbye
         yield Fault("stop", name, lambda _: away(server, server.stop), 2, 3)
@@ -185,6 +185,12 @@ def _of_server(name: str, server: Server) -> Iterator[Fault]:
         RabbitMQServer: _of_rabbitmq,
     }
     yield from own[type(server)](name, server)
+
+
+def crashed(world: World, server: Server) -> Breaking:
+    # what RabbitMQ moves from queue to queue as its time comes, nobody confirms
+    world.has_lost |= isinstance(server, RabbitMQServer)
+    return away(server, server.kill)
 
 
 @contextlib.contextmanager

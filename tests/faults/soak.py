@@ -33,10 +33,11 @@ FAULTS_A_RUN = 50
 
 
 READING = """\
-Lost is what was stored and not handled, or handled and not noted. Booked by inbox are the rows of a
-handler with an inbox: one for each of its events. Doubled runs are those that came again after a
-fault, which is at least once. Taken over is from who was killed or frozen. Each broken promise is
-listed below, with the seed that has it happen; where there is no list, there is none."""
+Lost is what was stored and not handled, or handled and not noted. Put back is what a provider had
+lost, whose server was wiped or killed, until an audit published it again. Booked by inbox are the
+rows of a handler with an inbox: one for each of its events. Doubled runs are those that came again
+after a fault, which is at least once. Taken over is from who was killed or frozen. Each broken
+promise is listed below, with the seed that has it happen; where there is no list, there is none."""
 
 
 def main() -> int:
@@ -94,6 +95,7 @@ def receipt(runs: list[Run], wanted: int, seed: int, began: datetime) -> str:
         "Uncertain",
         "Deliveries",
         "Lost",
+        "Put back",
         "Booked by inbox",
         "Doubled runs",
         "Taken over",
@@ -118,7 +120,7 @@ def receipt(runs: list[Run], wanted: int, seed: int, began: datetime) -> str:
         lines.append(
             f"| {backend} | {sum(each.faults.total() for each in its)} | {total.stored}"
             f" | {total.outboxed} | {total.raised} | {total.rolled_back} | {total.uncertain}"
-            f" | {total.deliveries} | {total.lost} | {total.booked}"
+            f" | {total.deliveries} | {total.lost} | {total.put_back} | {total.booked}"
             f" | {total.doubled} of {total.runs} | {total.takeovers} | {len(total.wrong)}"
             f" | {slowest:.1f} s |"
         )

@@ -191,6 +191,13 @@ class TestMigration:
         with engine.connect() as connection:
             assert LOG.current(connection) == LOG.newest()
 
+    def test_of_what_is_up_to_date_needs_no_lock(self, engines: list[Engine]) -> None:
+        """Given somebody who writes for longer than others wait for the lock."""
+        engine = engines[0]
+        upgrade(engine, LOG)
+        with engine.begin():
+            assert upgrade(engine, LOG) is None
+
     def test_by_several_processes_on_one_file(self, tmp_path: Path) -> None:
         """Given processes that all start at once on a file that is not there yet."""
         script = (
