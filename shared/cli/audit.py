@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 @click.command("audit")
-@click.option("--repair", is_flag=True, help="Publish again what the provider lost.")
+@click.option("--repair", is_flag=True, help="Put right what the provider lost.")
 @click.option("--json", "is_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
 def audit(settings: Settings, repair: bool, is_json: bool) -> None:
@@ -77,6 +77,7 @@ def _report(
         ],
         "missing": found.lack.counts.total(),
         "misdrawn": len(found.misdrawn),
+        "unpaused": len(found.unpaused),
         "repaired": repair and not found.are_none,
     }
 

@@ -63,6 +63,8 @@ class Findings:
     """Messages whose status is not that of their deliveries."""
     held: Mapping[int, int | None] = field(default_factory=dict)
     """How many of each subscription the provider has; ``None`` where that says nothing."""
+    unpaused: list[Subscription] = field(default_factory=list)
+    """Paused by the log, and the provider would hand out what they have."""
 
     def __str__(self) -> str:
         wrong = []
@@ -70,12 +72,14 @@ class Findings:
             wrong.append(f"{self.lack.counts.total()} deliveries missing in the provider")
         if self.misdrawn:
             wrong.append(f"{len(self.misdrawn)} messages of another status than their deliveries")
+        if self.unpaused:
+            wrong.append(f"{len(self.unpaused)} pauses missing in the provider")
         return " and ".join(wrong) or "every delivery is accounted for"
 
     @property
     def are_none(self) -> bool:
         """Whether the books balance."""
-        return not self.lack.suspects and not self.misdrawn
+        return not self.lack.suspects and not self.misdrawn and not self.unpaused
 
 
 Answer = Callable[[Sequence[Entry]], Lack]
@@ -231,13 +235,17 @@ class Audit:
         found = self._compare(entries) if entries else Findings()
         if misdrawn:
             found.misdrawn = misdrawn & self._read(audit.misdrawn)
+        found.unpaused = self._unpaused()
         return found
 
     def repair(self, found: Findings) -> None:
         """Have the log keep what is lacking: who runs publishes it, or who starts next.
 
         :raises StoreUnavailableError: when the database does not answer.
+        :raises ProviderError: when the provider does not.
         """
+        # before there is anything that it could hand out
+        self._pause_again(found.unpaused)
         seqs, ids = sorted(found.lack.suspects), sorted(found.misdrawn)
         for part in _parts(seqs):
             self._database.run(
@@ -262,6 +270,29 @@ class Audit:
         sleep(asker.seconds)
         still = _both(stayed, self._elsewhere())
         return Findings(first(still) & second(still), held=held)
+
+    def _unpaused(self) -> list[Subscription]:
+        """Return what is paused by the log alone; who pauses and resumes tells both in turn."""
+        found = self._paused_in_log_alone()
+        if found:
+            sleep(AGAIN_SECONDS)
+            again = self._paused_in_log_alone()
+            found = [each for each in found if each in again]
+        return found
+
+    def _paused_in_log_alone(self) -> list[Subscription]:
+        paused = [] if self._is_joined else self._read(subscriptions.paused)
+        if paused:
+            self._provider.initialize()
+        return [each for each in paused if not self._provider.is_paused(each)]
+
+    def _pause_again(self, wanted: Sequence[Subscription]) -> None:
+        for each in wanted:
+            self._provider.pause(each)
+        still = self._read(subscriptions.paused) if wanted else []
+        for each in wanted:
+            if each not in still:
+                self._provider.resume(each)  # somebody took it back just now
 
     def _asker(self) -> Joined | Listing | Counting:
         if self._is_joined:

@@ -231,7 +231,8 @@ class AuditTimer(DependencyProvider):
                 self._audit.repair(found)
                 self._say(logging.WARNING, "audit: %s; repaired", found)
                 self._mailbox.answer(self.client.relay)
-            counts.ended(found.lack.counts.total(), len(found.misdrawn))
+            lacking = found.lack.counts.total()
+            counts.ended(lacking, len(found.misdrawn), len(found.unpaused))
         except (ProviderError, StoreUnavailableError) as exc:
             counts.put_off()
             self._say(logging.WARNING, "audit put off: %s", exc)

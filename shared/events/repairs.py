@@ -311,6 +311,10 @@ class QueueOperations(DependencyProvider):
             return None, []
 
         self.client.call(step)
+        if not is_paused:
+            # an audit that saw the pause in the log alone may have put it back in between
+            for each in wanted:
+                self.client.ask(partial(_set_paused, subscription=each, is_paused=False))
         return {"subscriptions": ids, "paused": is_paused}
 
     def retire(self, actor: str, subscription_id: int) -> dict[str, Any]:

@@ -70,10 +70,12 @@ class AuditCounts:
         self.missing_deliveries = 0
         self.misdrawn_messages = 0
 
-    def ended(self, missing_deliveries: int, misdrawn_messages: int) -> None:
+    def ended(
+        self, missing_deliveries: int, misdrawn_messages: int, missing_pauses: int = 0
+    ) -> None:
         """Count one that put right so much."""
-        is_balanced = not missing_deliveries and not misdrawn_messages
-        self.audits["balanced" if is_balanced else "repaired"] += 1
+        is_repaired = missing_deliveries or misdrawn_messages or missing_pauses
+        self.audits["repaired" if is_repaired else "balanced"] += 1
         self.missing_deliveries += missing_deliveries
         self.misdrawn_messages += misdrawn_messages
 

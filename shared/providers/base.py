@@ -162,7 +162,7 @@ class QueueProvider(ABC):
 
     @abstractmethod
     def is_paused(self, subscription: Subscription) -> bool:
-        """Say whether a subscription is paused, as far as who consumes it has heard."""
+        """Say whether a subscription is paused; of one that it consumes, as far as it has heard."""
 
     @abstractmethod
     def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:

@@ -148,6 +148,14 @@ def active(connection: Connection) -> list[Subscription]:
     return [subscription_of(row) for row in connection.execute(ordered)]
 
 
+def paused(connection: Connection) -> list[Subscription]:
+    """Return the subscriptions that somebody paused."""
+    found = select(*SUBSCRIPTION_COLUMNS).where(
+        subscriptions.c.retired_at.is_(None), subscriptions.c.paused_at.is_not(None)
+    )
+    return [subscription_of(row) for row in connection.execute(found)]
+
+
 def _discard_open(tx: Transaction, subscription_ids: Sequence[int]) -> set[str]:
     its = deliveries.c.subscription_id.in_(subscription_ids)
     # what an instance was handling when it was killed nobody else may take over

@@ -175,6 +175,89 @@ def test_what_waits_for_its_time_in_rabbitmq_keeps_it(rabbit):
     assert message["deliveries"][0]["startedAt"] >= message["scheduledAt"]
 
 
+class Pauses:
+    """A subscription that its operator pauses, by a queue_admin that makes no audits."""
+
+    def __init__(self, flow):
+        self.flow = flow
+        self.address = f"http://{HOST}:{free_port()}"
+        self.worker = flow.run(BRISK)
+        address = self.address.removeprefix("http://")
+        flow.run("services.queue_admin", QUEUE_AUDIT_SECONDS="0", QUEUE_ADMIN_ADDRESS=address)
+        wait_until(self._answers, 20, "queue_admin")
+        shown = requests.get(f"{self.address}/queue/subscriptions", timeout=10).json()
+        [self.id] = [
+            each["id"] for each in shown["subscriptions"] if each["subscriber"] == "recorder.first"
+        ]
+
+    def _answers(self):
+        try:
+            return requests.get(f"{self.address}/queue/health", timeout=10).ok
+        except requests.ConnectionError:
+            return False
+
+    def call(self, word):
+        where = f"{self.address}/queue/subscriptions/{self.id}/{word}"
+        requests.post(where, timeout=10).raise_for_status()
+
+    def send(self, n):
+        """Send what both subscriptions get; return once the one that goes on has handled it."""
+        message_id = self.flow.send("thing.happened", {"n": n})
+        self.flow.effects.wait_for(1, handler="second", n=n)
+        return message_id
+
+    def lasts(self):
+        """Whether what was sent waits, and is in the provider's hands."""
+        its = audit(self.flow)[1]["subscriptions"]
+        [first] = [each for each in its if each["subscriber"] == "recorder.first"]
+        return first["inProvider"] == first["waiting"] > 0
+
+
+def test_a_pause_that_redis_lost_holds_again_after_a_repair(redis_flow, redis_server):
+    """Given a Redis that is wiped, and with it what it knew of pauses."""
+    flow = redis_flow
+    pauses = Pauses(flow)
+    pauses.call("pause")
+    assert audit(flow)[0] == 0
+    ids = [pauses.send(1)]
+
+    redis_server.empty()
+
+    status, report = audit(flow)
+    assert (status, report["balanced"], report["unpaused"]) == (1, False, 1)
+    assert audit(flow, "--repair")[0] == 0
+    ids.append(pauses.send(2))
+    wait_until(pauses.lasts, 20, lambda: str(audit(flow)))
+    assert audit(flow)[1]["unpaused"] == 0
+    assert flow.effects.all(handler="first") == []
+
+    pauses.call("resume")
+    for message_id in ids:
+        flow.wait_for_status(message_id, "completed")
+    assert audit(flow)[1]["unpaused"] == 0
+
+
+def test_a_pause_that_rabbitmq_lost_holds_again_after_a_repair(rabbit):
+    """Given workers that start anew after the queue was deleted that stands for the pause."""
+    flow, channel = rabbit
+    pauses = Pauses(flow)
+    pauses.call("pause")
+    assert audit(flow)[0] == 0
+    pauses.worker.kill()
+
+    channel.queue_delete("evt-source-thing.happened--recorder.first.paused")
+
+    assert audit(flow)[1]["unpaused"] == 1
+    assert audit(flow, "--repair")[0] == 0
+    flow.run(BRISK)
+    message_id = pauses.send(1)
+    wait_until(pauses.lasts, 20, lambda: str(audit(flow)))
+    assert flow.effects.all(handler="first") == []
+
+    pauses.call("resume")
+    flow.wait_for_status(message_id, "completed")
+
+
 def test_queue_admin_puts_right_what_a_broker_lost(redis_flow, redis_server):
     flow = redis_flow
     address = f"{HOST}:{free_port()}"

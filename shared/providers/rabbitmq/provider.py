@@ -221,7 +221,11 @@ class RabbitMQProvider(QueueProvider):
             self._note_pause(name, False)
 
     def is_paused(self, subscription: Subscription) -> bool:
-        return subscription.id in self._paused
+        if subscription.id in self._mine:
+            return subscription.id in self._paused
+        with self._translated():
+            inlet, _ = self._connect()
+            return inlet.count(beside(queue_name(subscription), "paused")) is not None
 
     def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
         # who cannot reach the server says so first, as every provider does
