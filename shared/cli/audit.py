@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from shared.cli.failures import Failure, WrongArgument
-from shared.errors import ProviderError, StoreUnavailableError
+from shared.errors import ProviderError, SettingsError, StoreUnavailableError
 from shared.events.audit import Audit, Findings
+from shared.providers import check_provider
 from shared.settings import Settings
 from shared.store.audit import Account
 
@@ -41,6 +42,10 @@ def audit(settings: Settings, repair: bool, is_json: bool) -> None:
     """
     if not settings.log:
         raise WrongArgument("QUEUE_LOG: must be on for an audit of the message log")
+    try:
+        check_provider(settings)
+    except SettingsError as exc:
+        raise WrongArgument(str(exc)) from exc
     accounts, found = _audited(settings, repair)
     report = _report(settings, accounts, found, repair)
     verdict = "balanced" if found.are_none else "repaired" if repair else "not balanced"

@@ -69,3 +69,13 @@ class TestAlive:
         assert done.exit_code == 1
         assert done.output.startswith("Error: sqlite:///")
         assert "no such table" in done.output
+
+
+class TestAudit:
+    @pytest.mark.parametrize("name", ["os:path", "shared.providers:QueueProvider"])
+    def test_says_in_one_line_that_the_setting_names_no_provider(self, tmp_path, name: str) -> None:
+        env = {"QUEUE_DATA_DIR": str(tmp_path), "QUEUE_PROVIDER": name}
+        done = queuectl("audit", env=env)
+        assert done.exit_code == 2
+        assert done.output.startswith(f"Error: QUEUE_PROVIDER: {name} must ")
+        assert done.output.count("\n") == 1
