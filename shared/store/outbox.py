@@ -7,7 +7,7 @@ committed before another commit began has the smaller number.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -34,6 +34,10 @@ from shared.types import Dedupe, Envelope, Priority, check_name
 
 LONGEST_ERROR = 2_000
 """Characters that are kept of why a row was set aside."""
+
+MOST_CHARACTERS = 1_000_000
+"""Characters of what is stored by one statement, but for one that is longer alone: a server takes
+16 MB unless it is told otherwise, and closes the connection of who sends more."""
 
 
 class Row(NamedTuple):
@@ -74,8 +78,23 @@ def add(session: Any, outbox: Table, envelopes: Sequence[Envelope]) -> list[int]
         session.execute(insert(outbox), rows)
         return []
     if dialect.insert_returning:
-        return list(session.execute(insert(outbox).returning(outbox.c.seq), rows).scalars())
+        adding = insert(outbox).returning(outbox.c.seq)
+        parts = _parts(rows)
+        return [seq for part in parts for seq in session.execute(adding, part).scalars()]
     return [session.execute(insert(outbox), row).inserted_primary_key[0] for row in rows]
+
+
+def _parts(rows: Sequence[dict[str, str]]) -> Iterator[list[dict[str, str]]]:
+    """Yield the rows in as many statements as a server takes them in."""
+    part: list[dict[str, str]] = []
+    size = 0
+    for row in rows:
+        if part and size + len(row["envelope"]) > MOST_CHARACTERS:
+            yield part
+            part, size = [], 0
+        part.append(row)
+        size += len(row["envelope"])
+    yield part
 
 
 def renumber(session: Any, outbox: Table, seqs: Sequence[int]) -> None:
