@@ -32,6 +32,9 @@ TRANSIENT_CODES = frozenset({1205, 1213, 1020, 1062})
 """MySQL and MariaDB: lock wait timeout, deadlock, record changed since it was read, and a
 duplicate: of what somebody else stored since it was looked for."""
 
+REFUSING_CODES = frozenset({1292, 3140, 3819, 4025})
+"""MySQL and MariaDB: an incorrect value, what is no JSON, and a CHECK that failed. PyMySQL has the
+same exception for these as for a server that does not answer."""
 
 ANSWER_SECONDS = 8.0
 """How long a database server may take to answer the one connection of a native thread: whoever
@@ -223,9 +226,18 @@ def _begin_immediate(connection: Connection, sleep: Sleep) -> None:
 
 def is_transient(error: BaseException) -> bool:
     """Say whether the same transaction may succeed when it is simply done again."""
+    return _code_of(error) in TRANSIENT_CODES
+
+
+def _is_about_content(error: BaseException) -> bool:
+    """Say whether the database answered, and did not like what else is stored or is to be."""
+    return _code_of(error) in TRANSIENT_CODES | REFUSING_CODES
+
+
+def _code_of(error: BaseException) -> Any:
     if isinstance(error, DBAPIError) and error.orig is not None and error.orig.args:
-        return error.orig.args[0] in TRANSIENT_CODES
-    return False
+        return error.orig.args[0]
+    return None
 
 
 def _was_lost(error: BaseException | None, began: float) -> bool:
@@ -284,7 +296,7 @@ class Database:
             self._roll_back()
             if isinstance(exc, DBAPIError) and exc.connection_invalidated:
                 self.drop_connection()
-            if isinstance(exc, OperationalError) and not is_transient(exc):
+            if isinstance(exc, OperationalError) and not _is_about_content(exc):
                 raise StoreUnavailableError(str(exc.orig)) from exc
             raise
 

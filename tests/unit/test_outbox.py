@@ -8,7 +8,7 @@ import eventlet
 import pytest
 from nameko.containers import ServiceContainer
 from nameko.testing.services import dummy, entrypoint_hook
-from sqlalchemy import String, inspect, select, text, update
+from sqlalchemy import String, func, inspect, select, text, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from shared.database import database_url, make_engine
@@ -238,6 +238,45 @@ def test_one_that_the_log_refuses_is_set_aside_until_it_is_given_back(
         connection.execute(update(outbox).values(failed_at=None, error=None))
     idle_shop.sweep()
     assert idle_shop.numbers() == list(range(8))
+
+
+def test_many_that_are_long_go_together_though_no_server_takes_them_at_once(shop):
+    """MariaDB closes the connection of who sends it a statement of more than 16 MB."""
+    n, length = 20, 1_000_000
+
+    def step(source):
+        long = [("thing.sold", "x" * length) for _ in range(n)]
+        ids = source.dispatch.many(long, session=source.db)
+        source.db.commit()
+        return ids
+
+    ids = shop.do(step)
+    shop.wait_for_nothing_left()
+    assert len(set(ids)) == n
+    assert [len(body) for body in shop.sent()] == [length + 2] * n
+
+
+def test_one_with_a_value_that_the_log_refuses_is_set_aside(idle_shop):
+    """PyMySQL has the same exception for it as for a server that does not answer."""
+
+    def step(source):
+        for n in range(3):
+            source.sell(n)
+        source.db.commit()
+
+    idle_shop.do(step)
+    if idle_shop.log.dialect.name == "sqlite":
+        pytest.skip("SQLite takes any value")
+    at = '"scheduled_at": '
+    with idle_shop.own.begin() as connection:
+        ancient = func.replace(outbox.c.envelope, f"{at}null", f'{at}"0001-01-01T00:00:00"')
+        its = outbox.c.seq == select(func.min(outbox.c.seq)).scalar_subquery()
+        connection.execute(update(outbox).where(its).values(envelope=ancient))
+    idle_shop.sweep()
+
+    assert idle_shop.numbers() == [1, 2]
+    [row] = idle_shop.waiting()
+    assert "Incorrect datetime value" in row.error
 
 
 def test_a_log_that_is_not_as_it_should_be_sets_nothing_aside(idle_shop):
