@@ -12,15 +12,16 @@ import logging
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
+from weakref import WeakSet
 
 import eventlet
 from nameko_sqlalchemy import Database, DatabaseSession
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, ExceptionContext, event
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from shared.database import reading
-from shared.errors import InboxError
+from shared.errors import InboxError, Retry
 from shared.settings import refuse_start
 from shared.store import inbox as rows
 
@@ -50,6 +51,8 @@ class Inbox:
         self.table = provider.declarative_base.metadata.tables[rows.inbox_name(service)]
         self.subscriber = subscriber
         self._days = days
+        # where a statement failed: it may have taken the whole transaction along
+        self.spoilt: WeakSet[Connection] = WeakSet()
         self._remove_at = monotonic() + REMOVE_SECONDS
 
     @classmethod
@@ -87,7 +90,10 @@ class Inbox:
         :param service: the instance that the worker has, with its session.
         :raises HandledBefore: when another worker was faster; nothing was changed.
         :raises InboxError: when it failed after its commit.
+        :raises Retry: when the database had rolled back what it did, and it went on.
         """
+        if not event.contains(self._provider.engine, "handle_error", self._note_spoilt):
+            event.listen(self._provider.engine, "handle_error", self._note_spoilt)
         guard = _Guard(self, self._session(service), message_ids)
         try:
             result = handler()
@@ -104,6 +110,10 @@ class Inbox:
             raise
         finally:
             self._remove_old_when_due()
+
+    def _note_spoilt(self, context: ExceptionContext) -> None:
+        if context.connection is not None:
+            self.spoilt.add(context.connection)
 
     def _session(self, service: Any) -> Session:
         injected = getattr(service, self._provider.attr_name)
@@ -171,13 +181,31 @@ class _Guard:
     def _before_commit(self, session: Session) -> None:
         if self._was_handled:
             raise HandledBefore  # should the handler have caught it before
-        if not self.is_recorded or session.in_nested_transaction():
+        if session.in_nested_transaction():
+            return
+        if not self.is_recorded:
+            self._check_that_it_is_noted(session)
             return
         if self._has_begun_again or session.new or session.dirty or session.deleted:
             raise InboxError(
                 "a handler with an inbox commits once: what it commits later would be lost if "
                 "it failed in between"
             )
+
+    def _check_that_it_is_noted(self, session: Session) -> None:
+        """See that the note is still there, should a handler have caught that a statement failed.
+
+        Whose transaction loses a deadlock is in none afterwards, and goes on in the next.
+        """
+        inbox = self._inbox
+        if self._noted_in is None or session.get_transaction() is not self._noted_in:
+            return
+        connection = session.connection()
+        if connection not in inbox.spoilt:
+            return
+        noted = rows.handled(connection, inbox.table, inbox.subscriber, self._message_ids)
+        if not noted.issuperset(self._message_ids):
+            raise Retry("the database rolled back what the handler did before a statement failed")
 
     def _after_commit(self, session: Session) -> None:
         # a commit may come before the first statement, or be that of a savepoint

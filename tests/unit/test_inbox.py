@@ -1,5 +1,6 @@
 """A handler with an inbox: its effects happen once, whatever it does with its session."""
 
+import contextlib
 from datetime import timedelta
 
 import eventlet
@@ -9,8 +10,8 @@ from nameko.containers import ServiceContainer
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from sqlalchemy import String, create_engine, delete, insert, select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import String, create_engine, delete, insert, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from shared.database import database_url, make_engine, make_reader
@@ -144,6 +145,19 @@ class Ledger:
             self.add("wrong")
             self.db.commit()
 
+    def catches_a_deadlock(self):
+        self.db.execute(update(Entry).where(Entry.id == 1).values(what="mine"))
+        GATES["begun"].send(None)
+        GATES["go"].wait()
+        with contextlib.suppress(OperationalError):
+            self.db.execute(update(Entry).where(Entry.id == 2).values(what="mine"))
+        self.commits()
+
+    def catches_another_error(self):
+        with contextlib.suppress(DBAPIError):
+            self.db.execute(text("SELECT nothing FROM nowhere"))
+        self.commits()
+
     def waits_before(self):
         GATES["begun"].send(None)
         GATES["go"].wait()
@@ -245,6 +259,7 @@ def sqlite_books(sqlite_log, monkeypatch):
         ("uses_savepoints", ["booked"]),
         ("reads_afterwards", ["booked"]),
         ("commits_nothing_first", ["booked"]),
+        ("catches_another_error", ["booked"]),
     ],
 )
 def test_what_was_handled_does_not_run_again(sqlite_books, what, entries):
@@ -327,6 +342,37 @@ def test_of_two_workers_with_one_message_one_has_its_effects(books, what):
 
     assert runs == [message_id, message_id]
     assert books.entries(message_id) == ([] if what == "catches_without_rollback" else ["booked"])
+
+
+def test_who_goes_on_after_a_deadlock_is_not_committed_without_its_note(
+    mariadb_books, mariadb_server
+):
+    """Given a handler that catches what the database says, which rolled back the note as well."""
+    books = mariadb_books
+    with books.engine.begin() as connection:
+        both = [{"id": n, "message_id": "", "what": "old"} for n in (1, 2)]
+        connection.execute(insert(Entry), both)
+    message_id = books.send("catches_a_deadlock")
+    GATES["begun"].wait()
+
+    def do_more():
+        # of two who wait for each other, the one that changed less is rolled back
+        more = [{"message_id": "", "what": "more"}] * 300
+        with books.engine.begin() as connection:
+            connection.execute(insert(Entry), more)
+            for n in (2, 1):
+                connection.execute(update(Entry).where(Entry.id == n).values(what="theirs"))
+
+    other = eventlet.spawn(do_more)
+    waits = "SHOW STATUS LIKE 'Innodb_row_lock_current_waits'"
+    wait_until(lambda: int(mariadb_server.execute(waits)[0][1]), 10, "the lock")
+    GATES["go"].send(None)
+    other.wait()
+
+    books.ends(message_id, "failed")
+    assert books.error(message_id) == "Retry"
+    assert books.entries(message_id) == []
+    assert books.handled() == {}
 
 
 @pytest.mark.parametrize("commits", [True, False])
