@@ -220,6 +220,19 @@ class TestEffects:
         }
         assert report.unsafe[0].expected == ["files: name='shelf.txt', content='tea\\n'"]
 
+    def test_in_files_are_counted_where_no_two_runs_write_the_same(
+        self, chaos_runner: ChaosRunner
+    ) -> None:
+        class Receipts:
+            def put(self, item: str) -> None:
+                with Path("receipts.txt").open("a") as receipts:
+                    receipts.write(f"{os.urandom(8).hex()} {item}\n")
+
+        report = chaos_runner(Warehouse, [tea("put")], dependencies={"shelf": Receipts()})
+        assert (Point.AFTER_EFFECT, "shelf.put") in places(report)
+        assert report.unsafe[0].expected == ["files: name='receipts.txt', lines=1"]
+        assert report.unsafe[0].got == ["files: name='receipts.txt', lines=2"]
+
     def test_elsewhere_are_declared(self, chaos_runner: ChaosRunner, tmp_path: Path) -> None:
         def put() -> list[str]:
             return (Path("..") / f"{Path.cwd().name}.txt").read_text().split()

@@ -105,9 +105,13 @@ class Comparison:
             target = None if its is None else _counted_target(its)
             if target is not None and depth:
                 words.append(f"{column}={self._referred(world, target, value, depth)}")
-            elif (name, column) not in self._left_out:
+            elif (name, column) not in self._left_out and not self._says_less(name, column):
                 words.append(f"{column}={value}")
         return ", ".join(words)
+
+    def _says_less(self, name: str, column: str) -> bool:
+        """Whether a column only stands in for another one, which can be compared."""
+        return (name, column) == (FILES, "lines") and (FILES, "content") not in self._left_out
 
     def _referred(self, world: World, target: Column[Any], value: str, depth: int) -> str:
         """Return what is special of a row: what may be there once, or else all of it."""
@@ -157,11 +161,18 @@ def _files(data_folder: Path) -> Iterator[Row]:
     here = Path.cwd()
     for path in sorted(here.rglob("*")):
         if path.is_file() and path not in own:
-            yield _shown({"name": str(path.relative_to(here)), "content": _content(path)})
+            content = path.read_bytes()
+            yield _shown(
+                {
+                    "name": str(path.relative_to(here)),
+                    "content": _content(content),
+                    # what is written twice is seen, though each time it is something else
+                    "lines": content.count(b"\n"),
+                }
+            )
 
 
-def _content(path: Path) -> str:
-    content = path.read_bytes()
+def _content(content: bytes) -> str:
     if len(content) > LONGEST_CONTENT:
         return f"{len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}"
     return content.decode(errors="backslashreplace")
