@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from werkzeug.wrappers import Request
@@ -17,11 +16,6 @@ from services.queue_admin.schemas import (
     ResendSchema,
     RetrySchema,
 )
-from shared.errors import QueueError
-from shared.store.trail import Deed
-from shared.tables import OWN_METADATA
-
-_log = logging.getLogger(__name__)
 
 
 class MessageCalls(Calls):
@@ -41,16 +35,10 @@ class MessageCalls(Calls):
         Sent again with the same ``Idempotency-Key``, it is answered as before, and nothing
         is published.
         """
-        message_id = self.queue.publish(**body, dedupe_key=dedupe_of(request, body))
-        self._note_published(request, message_id)
+        message_id = self.operations.publish_as(
+            actor(request), **body, dedupe_key=dedupe_of(request, body)
+        )
         return 202, {"messageId": message_id}
-
-    def _note_published(self, request: Request, message_id: str) -> None:
-        try:
-            self.operations.note(Deed(actor(request), "publish", f"message {message_id}"))
-        except QueueError as exc:
-            # it is stored: who is told otherwise would publish it once more
-            _log.warning("not in the audit log: publish of message_id=%s: %s", message_id, exc)
 
     @http("GET", "/queue/messages", query=ListSchema, answers=answers.MessageList)
     def messages(self, _request: Request, query: dict[str, Any]) -> Any:
@@ -60,9 +48,7 @@ class MessageCalls(Calls):
     @http("GET", "/queue/messages/<message_id>", answers=answers.Message, refusals=[404])
     def message(self, _request: Request, message_id: str) -> Any:
         """Show one message, its deliveries, each attempt that failed, its cause and effects."""
-        shown = self.log.message(message_id)
-        origin = shown["metadata"].get(OWN_METADATA, {}).get("origin")
-        return {**shown, "origin": origin, **self.operations.causes(message_id)}
+        return self.operations.message(message_id)
 
     @http("GET", "/queue/messages/<message_id>/why", answers=answers.Reasons, refusals=[404])
     def why(self, _request: Request, message_id: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from marshmallow import Schema
 from werkzeug.wrappers import Request
 
-from shared.events import MessageLog, QueueOperations, QueueService
+from shared.events import QueueOperations, QueueService
 from shared.settings import Settings
 from shared.web import Problem, bearer_token
 from shared.web.entrypoint import HttpEntrypoint
@@ -79,5 +79,4 @@ class Calls:
     """What all parts of the service share."""
 
     queue = QueueService()
-    log = MessageLog()
     operations = QueueOperations()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, post_load, validate, validates_schema
 
 from shared.lifecycle import MessageStatus
-from shared.store.listing import ANY, MOST_LISTED, Filters
+from shared.store.listing import ANY, MOST_LISTED, PAYLOAD_PATH, Filters, scalar
 from shared.types import MAX_RETRIES_LIMIT, NAME, Priority
 
 MOST_RETRIED = 10_000
@@ -25,7 +23,7 @@ _name = validate.Regexp(
 )
 _word = validate.Length(1, LONGEST_TEXT)
 _path = validate.Regexp(
-    r"\$(?:\.[A-Za-z_][A-Za-z0-9_]*|\[[0-9]{1,6}\]){1,64}\Z",
+    PAYLOAD_PATH.pattern + r"\Z",
     error="Must be a path such as $.user.email or $.items[0].id.",
 )
 
@@ -109,7 +107,7 @@ class ListSchema(FilterSchema):
     @post_load
     def _gather(self, data: dict[str, Any], **_: Any) -> dict[str, Any]:
         if "payload_value" in data:
-            data["payload_value"] = _scalar(data["payload_value"])
+            data["payload_value"] = scalar(data["payload_value"])
         return super()._gather(data)
 
 
@@ -153,18 +151,3 @@ class AuditLogSchema(Schema):
 
     before = fields.Int(validate=validate.Range(1, 2**63 - 1))
     limit = fields.Int(load_default=50, validate=validate.Range(1, MOST_LISTED))
-
-
-def _scalar(text: str) -> Any:
-    """Return the JSON scalar that a text is, or the text."""
-    try:
-        value = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return text
-    is_odd = isinstance(value, float) and math.isinf(value)
-    is_large = isinstance(value, int) and not -(2**63) <= value < 2**63
-    return text if is_odd or is_large or isinstance(value, dict | list) else value
-
-
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(name)

@@ -169,7 +169,7 @@ class QueueClient(SharedExtension):
         self._mailbox.send(Append(envelopes, promise, again))
         firsts = promise.wait() or {}
         self.counts.count_dispatched(each for each in envelopes if each.id not in firsts)
-        return [_first_id(envelope, firsts.get(envelope.id)) for envelope in envelopes]
+        return [first_id(envelope, firsts.get(envelope.id)) for envelope in envelopes]
 
     def call(self, function: Callable[[Transaction], tuple[Any, list[Delivery]]]) -> Any:
         """Run ``function`` in a transaction of the log; publish the deliveries that it returns.
@@ -322,7 +322,11 @@ class QueueClient(SharedExtension):
         eventlet.spawn_n(self.container.kill, (type(error), error, error.__traceback__))
 
 
-def _first_id(envelope: Envelope, first: First | None) -> str:
+def first_id(envelope: Envelope, first: First | None) -> str:
+    """Return the id by which an event is stored: its own, or that of what had its key first.
+
+    :raises DedupeConflictError: when that one had another fingerprint.
+    """
     if first is None:
         return envelope.id
     if envelope.dedupe is not None and envelope.dedupe.fingerprint != first.fingerprint:

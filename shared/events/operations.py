@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 import eventlet
 from nameko.extensions import DependencyProvider, SharedExtension
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared.database import database_url, make_reader, utc_now
+from shared.database import Transaction, database_url, make_reader, utc_now
 from shared.errors import ProviderError, StoreUnavailableError
 from shared.events.audit import Audit
 from shared.events.client import QueueClient
@@ -20,10 +20,11 @@ from shared.events.dispatcher import make_envelope
 from shared.native import Mailbox, Thread
 from shared.observe.counts import AuditCounts
 from shared.observe.traces import Dispatching
-from shared.settings import refuse_start, settings_or_exit
+from shared.providers import QueueProvider
+from shared.settings import Settings, refuse_start, settings_or_exit
 from shared.store import queries, repair
 from shared.store.gauges import LogGauges, log_gauges
-from shared.types import Dedupe
+from shared.types import Dedupe, Delivery, Envelope, Subscription
 
 _log = logging.getLogger(__name__)
 
@@ -81,18 +82,35 @@ class MessageLog(DependencyProvider):
         return self.reader.read(_silent)
 
 
-class QueueService(DependencyProvider):
-    """Injects publishing into any queue, its statistics, and retrying.
+class LogClient(Protocol):
+    """What works on the log and its provider: a service's :class:`QueueClient`, or a command's."""
 
-    Services dispatch their own events by ``EventDispatcher``; this is for who acts
-    on behalf of others.
-    """
+    settings: Settings
 
-    client = QueueClient()
-    reader = LogReader()
+    @property
+    def joins_log(self) -> bool:
+        """See :attr:`QueueClient.joins_log`."""
 
-    def get_dependency(self, _worker_ctx: Any) -> QueueService:
-        return self
+    def append(self, envelopes: Sequence[Envelope]) -> list[str]:
+        """See :meth:`QueueClient.append`."""
+
+    def call(self, function: Callable[[Transaction], tuple[Any, list[Delivery]]]) -> Any:
+        """See :meth:`QueueClient.call`."""
+
+    def ask(self, function: Callable[[QueueProvider], Any]) -> Any:
+        """See :meth:`QueueClient.ask`."""
+
+    def health(self) -> bool:
+        """See :meth:`QueueClient.health`."""
+
+    def forget(self, gone: Sequence[Subscription]) -> None:
+        """See :meth:`QueueClient.forget`."""
+
+
+class Publisher:
+    """Publishes into any queue, on behalf of the service whose queue it is."""
+
+    client: LogClient
 
     def publish(
         self,
@@ -132,6 +150,20 @@ class QueueService(DependencyProvider):
             )
             dispatching.note([envelope])
             return self.client.append([envelope])[0]
+
+
+class QueueService(DependencyProvider, Publisher):
+    """Injects publishing into any queue, its statistics, and retrying.
+
+    Services dispatch their own events by ``EventDispatcher``; this is for who acts
+    on behalf of others.
+    """
+
+    client = QueueClient()
+    reader = LogReader()
+
+    def get_dependency(self, _worker_ctx: Any) -> QueueService:
+        return self
 
     def get_queue_stats(self, queue_name: str) -> dict[str, Any] | None:
         """Return the counts of a queue; ``None`` when nothing is known of it."""

@@ -1,4 +1,4 @@
-"""The dependency by which operations look at the queue and repair it.
+"""How operations look at the queue and repair it, from a service or from the command line.
 
 Each change is stored together with who made it, in one transaction.
 """
@@ -6,26 +6,33 @@ Each change is stored together with who made it, in one transaction.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from nameko.extensions import DependencyProvider
 from sqlalchemy import Connection, select
 
 from shared.database import Transaction, utc_now
-from shared.errors import MessageNotFoundError, NothingToRetryError, SubscriptionLiveError
+from shared.errors import (
+    MessageNotFoundError,
+    NothingToRetryError,
+    QueueError,
+    SubscriptionLiveError,
+)
 from shared.events.client import QueueClient
 from shared.events.dispatcher import make_envelope
-from shared.events.operations import LogReader
+from shared.events.operations import LogReader, Publisher
 from shared.lifecycle import MessageStatus
 from shared.store import (
     causes,
     consumers,
     failures,
     listing,
+    queries,
     repair,
     subscriptions,
     trail,
@@ -35,6 +42,8 @@ from shared.store.trail import Deed
 from shared.store.why import Provider, why
 from shared.tables import MESSAGE_COLUMNS, OWN_METADATA, envelope_of, messages
 from shared.types import Delivery, Envelope, Subscription
+
+_log = logging.getLogger(__name__)
 
 BATCH = 200
 """Messages or deliveries that one transaction changes: others wait for it meanwhile."""
@@ -46,23 +55,43 @@ ORIGIN = "origin"
 """The key of the suite's own metadata that holds the id of the message that this one replaces."""
 
 
-class QueueOperations(DependencyProvider):
-    """Injects looking at messages and subscriptions, and repairing them.
+class Reader(Protocol):
+    """What reads the message log."""
+
+    def read(self, query: Callable[..., Any], *args: Any) -> Any:
+        """See :meth:`LogReader.read`."""
+
+
+class Operations(Publisher):
+    """Looks at messages and subscriptions, and repairs them.
 
     ``actor`` says who does it, for the audit log.
     """
 
-    client = QueueClient()
-    reader = LogReader()
-
-    def get_dependency(self, _worker_ctx: Any) -> QueueOperations:
-        return self
+    reader: Reader
 
     # --- looking
+
+    def stats(self, queue: str) -> dict[str, Any] | None:
+        """Return the counts of a queue; ``None`` when nothing is known of it."""
+        return self.reader.read(queries.queue_stats, queue)
+
+    def queues(self) -> list[str]:
+        """Return the queues that have a message or a subscription."""
+        return self.reader.read(listing.queues)
 
     def messages(self, filters: Filters, cursor: str | None, limit: int) -> dict[str, Any]:
         """List messages, newest first."""
         return self.reader.read(listing.list_messages, filters, cursor, limit)
+
+    def message(self, message_id: str) -> dict[str, Any]:
+        """Return one message, its deliveries, each attempt that failed, its cause and effects.
+
+        :raises MessageNotFoundError: when there is none of that id.
+        """
+        shown = self.reader.read(queries.message, message_id)
+        origin = shown["metadata"].get(OWN_METADATA, {}).get(ORIGIN)
+        return {**shown, "origin": origin, **self.causes(message_id)}
 
     def causes(self, message_id: str) -> dict[str, Any]:
         """Return what caused a message, and the tree of what it caused."""
@@ -91,6 +120,16 @@ class QueueOperations(DependencyProvider):
         return self.reader.read(trail.entries, before, limit)
 
     # --- messages
+
+    def publish_as(self, actor: str, **event: Any) -> str:
+        """Publish one message, as :meth:`publish` does, and note who did; return its id."""
+        message_id = self.publish(**event)
+        try:
+            self.note(Deed(actor, "publish", f"message {message_id}"))
+        except QueueError as exc:
+            # it is stored: who is told otherwise would publish it once more
+            _log.warning("not in the audit log: publish of message_id=%s: %s", message_id, exc)
+        return message_id
 
     def note(self, deed: Deed) -> None:
         """Store what somebody did that is stored already."""
@@ -254,8 +293,12 @@ class QueueOperations(DependencyProvider):
         done = self._in_batches(actor, "discard", group, limit, step)
         return {"discarded": done} | self._left(group)
 
+    def group_size(self, group: str) -> int:
+        """Return how many dead letters a group has."""
+        return int(self.reader.read(failures.size, group))
+
     def _left(self, group: str) -> dict[str, int]:
-        return {"remaining": self.reader.read(failures.size, group)}
+        return {"remaining": self.group_size(group)}
 
     def _in_batches(
         self,
@@ -275,7 +318,7 @@ class QueueOperations(DependencyProvider):
         done = 0
         while done < limit and (count := int(self.client.call(noted))):
             done += count
-        if not done and not self.reader.read(failures.size, group):
+        if not done and not self.group_size(group):
             raise NothingToRetryError(f"no dead letter is in the group {group}")
         return done
 
@@ -335,6 +378,16 @@ class QueueOperations(DependencyProvider):
 
         self.client.forget([self.client.call(step)])
         return {"subscriptions": [subscription_id], "retired": True}
+
+
+class QueueOperations(DependencyProvider, Operations):
+    """Injects :class:`Operations`."""
+
+    client = QueueClient()
+    reader = LogReader()
+
+    def get_dependency(self, _worker_ctx: Any) -> QueueOperations:
+        return self
 
 
 def _set_paused(provider: Any, subscription: Subscription, is_paused: bool) -> None:

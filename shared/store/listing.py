@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import base64
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from heapq import merge
 from itertools import islice, product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from sqlalchemy import (
     ColumnElement,
@@ -55,6 +57,9 @@ FEW, MANY = 60, 100
 
 WITH_ERROR = (DeliveryStatus.FAILED, DeliveryStatus.RETRY)
 """Deliveries whose last attempt failed."""
+
+PAYLOAD_PATH = re.compile(r"\$(?:\.[A-Za-z_][A-Za-z0-9_]*|\[[0-9]{1,6}\]){1,64}")
+"""What a path into a payload matches, whole: such as ``$.user.email`` or ``$.items[0].id``."""
 
 ANY = object()
 """Stands for a value that is not looked for: ``None`` is one that may be."""
@@ -190,6 +195,21 @@ LISTED_COLUMNS = (
 )
 
 
+def scalar(text: str) -> Any:
+    """Return the JSON scalar that a text is, or the text."""
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return text
+    is_odd = isinstance(value, float) and math.isinf(value)
+    is_large = isinstance(value, int) and not -(2**63) <= value < 2**63
+    return text if is_odd or is_large or isinstance(value, dict | list) else value
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
 # --- what is looked through
 
 
@@ -242,6 +262,12 @@ def _branch(connection: Connection, its: Mapping[str, Any], place: Place) -> Ite
 _NEXT_QUEUE = Prepared(
     select(m.queue_name).where(m.queue_name > bindparam("name")).order_by(m.queue_name).limit(1)
 )
+
+
+def queues(connection: Connection) -> list[str]:
+    """Return all queues that have a message or a subscription."""
+    names = connection.execute(select(subscriptions.c.queue_name).distinct()).scalars()
+    return sorted({*names, *_queues(connection)})
 
 
 def _queues(connection: Connection) -> list[str]:
