@@ -164,18 +164,30 @@ def replace_message(
     if not rows:
         raise NothingToRetryError(f"message {message_id} has no failed delivery to be replaced")
     _discard(tx, rows)
-    store(tx, [edited], max_retries)
-    stored = _envelopes(tx, {edited.id})[edited.id]
+    return restore(tx, edited, [row.subscription_id for row in rows], max_retries)
+
+
+def restore(
+    tx: Transaction, envelope: Envelope, subscription_ids: Sequence[int], max_retries: int
+) -> list[Delivery]:
+    """Store a message for these subscriptions alone.
+
+    :param max_retries: as for :func:`shared.store.log.append`.
+    """
+    store(tx, [envelope], max_retries)
+    stored = _envelopes(tx, {envelope.id})[envelope.id]
+    is_later = seconds_until(tx, stored.scheduled_at) > 0
     new = [
         {
-            "message_id": edited.id,
-            "subscription_id": row.subscription_id,
-            "priority_rank": row.priority_rank,
+            "message_id": stored.id,
+            "subscription_id": each,
+            "priority_rank": stored.priority.rank,
+            "available_at": stored.scheduled_at if is_later else None,
             # as if it had been handed out before: what a broker sends to whoever listens
-            # would reach those, too, who had no trouble
+            # would reach others, too
             "lease_token": 1,
         }
-        for row in rows
+        for each in subscription_ids
     ]
     return [_add(tx, values, stored) for values in new]
 
