@@ -7,6 +7,7 @@ under the same name), else from the default that docs/settings.md lists.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -321,6 +322,42 @@ def load_settings(config: Mapping[str, Any] | None = None) -> Settings:
     return _Reader(config or {}).read()
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One setting as it is found.
+
+    :param value: with what is secret hidden.
+    :param origin: ``environment``, ``configuration`` or ``default``.
+    :param wrong: what it must be; ``None`` where it is that.
+    """
+
+    name: str
+    value: str
+    origin: str
+    wrong: str | None = None
+
+
+def check_settings(
+    config: Mapping[str, Any] | None = None,
+) -> tuple[list[Checked], Settings | None, list[str]]:
+    """Check every setting, and go on after one that is wrong.
+
+    :param config: as for :func:`load_settings`.
+    :returns: the settings as they are found; all together, if none of them is wrong; and what is
+        wrong, a line each.
+    """
+    reader = _Checker(config or {})
+    settings: Settings | None = None
+    try:
+        settings = reader.read()
+    except SettingsError as exc:
+        # of several that do not fit together
+        reader.wrong.append(str(exc))
+    if reader.wrong:
+        settings = None
+    return reader.checked, settings, reader.wrong
+
+
 class _Reader:
     """Reads variables through environs, with the configuration as their default."""
 
@@ -427,6 +464,44 @@ class _Reader:
                 "QUEUE_ADMIN_TOKENS: must hold a token where QUEUE_ADMIN_AUTH is token, its "
                 "default off loopback; QUEUE_ADMIN_AUTH=none opens it to everyone"
             )
+
+
+class _Checker(_Reader):
+    """Notes each variable, and reads on with the default in place of one that is wrong."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self.checked: list[Checked] = []
+        self.wrong: list[str] = []
+
+    def get(self, name: str, default: Any, parse: Callable[[Any], Any]) -> Any:
+        try:
+            value, wrong = super().get(name, default, parse), None
+        except SettingsError as exc:
+            self.wrong.append(str(exc))
+            value, wrong = parse(default), str(exc).partition(": ")[2]
+        given, origin = default, "default"
+        if name in os.environ:
+            given, origin = os.environ[name], "environment"
+        elif name in self._config:
+            given, origin = self._config[name], "configuration"
+        self.checked.append(Checked(name, hidden(name, _text(given)), origin, wrong))
+        return value
+
+
+_WITH_USER = re.compile(r"\A([a-z+]*:?/*).*@", re.DOTALL)
+"""What a URL has before its host."""
+
+
+def hidden(name: str, value: str) -> str:
+    """Return a setting's value without what is secret of it."""
+    if name.endswith(("PASSWORD", "TOKENS")):
+        # of a file it is no secret which one it is
+        return value if not value or value.startswith("@") else "***"
+    if name.endswith(("URL", "URI")):
+        value = _WITH_USER.sub(r"\1***@", value)
+        return re.sub(r"(password=)[^&\s]+", r"\1***", value)
+    return value
 
 
 def settings_or_exit(config: Mapping[str, Any]) -> Settings:
