@@ -8,9 +8,12 @@ import click
 from sqlalchemy import URL, Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from shared.cli import changing, looking
 from shared.cli.audit import audit
+from shared.cli.config import config
 from shared.cli.failures import Failure, WrongArgument
 from shared.cli.rabbitmq import rabbitmq
+from shared.cli.transfer import export_messages, import_messages
 from shared.database import database_url, make_engine, make_reader, seconds_between, utc_now
 from shared.errors import SettingsError
 from shared.settings import Settings, check_data_dir, load_settings
@@ -27,6 +30,8 @@ def main(context: click.Context) -> None:
     Takes the same environment variables as the services. Ends with status 0, with 1
     when something failed, and with 2 when a setting or an argument is wrong.
     """
+    if context.invoked_subcommand == config.name:
+        return  # which says all that is wrong, and not the first alone
     try:
         context.obj = load_settings()
         check_data_dir(context.obj)
@@ -34,8 +39,28 @@ def main(context: click.Context) -> None:
         raise WrongArgument(str(exc)) from exc
 
 
-main.add_command(audit)
-main.add_command(rabbitmq)
+for _command in (
+    audit,
+    changing.cancel,
+    changing.discard,
+    changing.pause,
+    changing.publish,
+    changing.resume,
+    changing.retire,
+    changing.retry,
+    config,
+    export_messages,
+    import_messages,
+    looking.failures,
+    looking.messages,
+    looking.show,
+    looking.stats,
+    looking.subscriptions,
+    looking.watch,
+    looking.why,
+    rabbitmq,
+):
+    main.add_command(_command)
 
 
 @main.command()

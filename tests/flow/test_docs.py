@@ -373,6 +373,11 @@ class TestDocuments:
         reader.play("docs/operations.md", start="queuectl db upgrade", stop="# backup.py")
         assert reader.run(".venv/bin/queuectl db upgrade").count("up to date") == 4
 
+    def test_commands(self, reader):
+        reader.play("docs/queuectl.md")
+        listed = json.loads(reader.run(".venv/bin/queuectl messages --json"))["messages"]
+        assert len(listed) == 2
+
     def test_monitoring(self, reader):
         reader.play("docs/monitoring.md", stop="promtool")
         assert "nameko_queue_flush_seconds_bucket" in reader.answer.text

@@ -118,6 +118,11 @@ class TestDocuments:
             else:  # it is a word of the sentence
                 assert not re.search(rf"`[^`]*queuectl {group}", read(name))
 
+    def test_list_every_command_of_queuectl(self) -> None:
+        cells = [row[0] for row in table_rows("docs/queuectl.md", "Command")]
+        listed = {name for cell in cells for name in re.findall(r"`queuectl ([a-z]+)", cell)}
+        assert listed == set(queuectl.commands)
+
     @pytest.mark.parametrize("name", NAMES)
     def test_name_files_that_are_there(self, name: str) -> None:
         folders = r"(?:shared|services|tests|benchmarks|docs|ops)/[\w/.*-]*"

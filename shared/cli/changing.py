@@ -1,0 +1,254 @@
+"""The commands that change something; each is noted in the audit log, with who gave it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import click
+
+from shared.cli.failures import Failure, WrongArgument
+from shared.cli.printing import print_json, progress, with_json
+from shared.cli.working import (
+    PRIORITY,
+    actor,
+    are_none,
+    limit_option,
+    name,
+    operations,
+    time,
+    with_filters,
+)
+from shared.errors import NothingToRetryError
+from shared.events.direct import DirectOperations
+from shared.events.repairs import BATCH
+from shared.settings import Settings
+from shared.store.listing import Filters
+from shared.types import MAX_RETRIES_LIMIT
+
+MOST = 10_000_000
+"""The most that one command changes, where a limit is given."""
+
+group_option = click.option("--group", help="All dead letters with this fingerprint.")
+
+
+def say(is_json: bool, answer: dict[str, Any], text: str) -> None:
+    """Print what was done."""
+    if is_json:
+        print_json(answer)
+    else:
+        click.echo(text)
+
+
+@click.command()
+@click.argument("message_id", required=False)
+@group_option
+@with_filters(has_status=False)
+@click.option("--all", "takes_all", is_flag=True, help="All dead letters, without a filter.")
+@limit_option(MOST)
+@with_json
+@click.pass_obj
+def retry(
+    settings: Settings,
+    message_id: str | None,
+    group: str | None,
+    filters: Filters,
+    takes_all: bool,
+    limit: int | None,
+    is_json: bool,
+) -> None:
+    """Let dead letters run again: of MESSAGE_ID, of a group, or of the messages that fit filters.
+
+    --limit counts messages with filters, and dead letters of a group.
+    """
+    _check_one(message_id, group, None if are_none(filters) else filters, takes_all or None)
+    with operations(settings) as opened:
+        if message_id:
+            count = opened.retry_message(actor(), message_id)
+            say(is_json, {"messageId": message_id, "retried": count}, f"{count} retried")
+        elif group:
+            _of_group(opened, group, limit, opened.retry_group, "retried", is_json)
+        else:
+            done = _retry_matching(opened, filters, limit)
+            text = f"{done['retried']} retried, of {done['messages']} messages"
+            say(is_json, done, text)
+
+
+def _check_one(*ways: Any) -> None:
+    """Refuse to guess what is meant."""
+    if sum(way is not None for way in ways) != 1:
+        raise click.UsageError("name a message, or --group, or filters (or --all): one of these")
+
+
+def _retry_matching(
+    opened: DirectOperations, filters: Filters, limit: int | None
+) -> dict[str, int]:
+    done = {"messages": 0, "retried": 0}
+    cursor: str | None = None
+    with progress("retrying messages") as shown:
+        while limit is None or done["messages"] < limit:
+            left = BATCH if limit is None else min(BATCH, limit - done["messages"])
+            page = opened.retry_matching(actor(), filters, cursor, left)
+            done = {key: done[key] + page[key] for key in done}
+            shown.update(shown.task_ids[0], completed=done["messages"])
+            cursor = page["nextCursor"]
+            if cursor is None:
+                break
+    return done
+
+
+def _of_group(
+    opened: DirectOperations,
+    group: str,
+    limit: int | None,
+    change: Callable[[str, str, int], dict[str, int]],
+    word: str,
+    is_json: bool,
+) -> None:
+    """Change what a group has now; what comes back to it meanwhile is left there."""
+    size = opened.group_size(group)
+    total = size if limit is None else min(size, limit)
+    answer = change(actor(), group, min(BATCH, max(total, 1)))
+    done = answer[word]
+    with progress(f"{group}: {word}", total) as shown:
+        while done < total and answer[word]:
+            shown.update(shown.task_ids[0], completed=done)
+            with contextlib.suppress(NothingToRetryError):
+                answer = {word: 0, "remaining": 0}
+                answer = change(actor(), group, min(BATCH, total - done))
+            done += answer[word]
+        shown.update(shown.task_ids[0], completed=done)
+    answer = {word: done, "remaining": answer["remaining"]}
+    say(is_json, answer, f"{done} {word}, {answer['remaining']} remaining")
+
+
+@click.command()
+@click.argument("message_id", required=False)
+@group_option
+@limit_option(MOST)
+@with_json
+@click.pass_obj
+def discard(
+    settings: Settings, message_id: str | None, group: str | None, limit: int | None, is_json: bool
+) -> None:
+    """Give up the dead letters of MESSAGE_ID, or of a group."""
+    _check_one(message_id, group)
+    with operations(settings) as opened:
+        if group:
+            _of_group(opened, group, limit, opened.discard_group, "discarded", is_json)
+        else:
+            count = opened.discard_message(actor(), str(message_id))
+            say(is_json, {"messageId": message_id, "discarded": count}, f"{count} discarded")
+
+
+@click.command()
+@click.argument("message_id")
+@with_json
+@click.pass_obj
+def cancel(settings: Settings, message_id: str, is_json: bool) -> None:
+    """Discard what waits of MESSAGE_ID; what a worker has goes on."""
+    with operations(settings) as opened:
+        count = opened.cancel(actor(), message_id)
+    say(is_json, {"messageId": message_id, "cancelled": count}, f"{count} cancelled")
+
+
+def _which(subscription: int | None, queue: str | None) -> None:
+    if (subscription is None) == (queue is None):
+        raise click.UsageError("name a subscription by its id, or --queue")
+
+
+@click.command()
+@click.argument("subscription", type=click.IntRange(1), required=False)
+@click.option("--queue", type=name, help="All subscriptions that this queue has now.")
+@with_json
+@click.pass_obj
+def pause(settings: Settings, subscription: int | None, queue: str | None, is_json: bool) -> None:
+    """Have nothing more handed out for SUBSCRIPTION, an id; what is in hand goes on."""
+    _pause(settings, subscription, queue, True, is_json)
+
+
+@click.command()
+@click.argument("subscription", type=click.IntRange(1), required=False)
+@click.option("--queue", type=name, help="All subscriptions of this queue.")
+@with_json
+@click.pass_obj
+def resume(settings: Settings, subscription: int | None, queue: str | None, is_json: bool) -> None:
+    """Take back the pause of SUBSCRIPTION, an id."""
+    _pause(settings, subscription, queue, False, is_json)
+
+
+def _pause(
+    settings: Settings, subscription: int | None, queue: str | None, is_paused: bool, is_json: bool
+) -> None:
+    _which(subscription, queue)
+    with operations(settings) as opened:
+        if queue is not None:
+            changed = opened.pause_queue(actor(), queue, is_paused)
+            if changed is None:
+                raise Failure(f"no queue {queue}")
+        else:
+            change = opened.pause if is_paused else opened.resume
+            changed = change(actor(), int(subscription or 0))
+    ids = ", ".join(map(str, changed["subscriptions"]))
+    say(is_json, changed, f"{'paused' if is_paused else 'resumed'}: {ids}")
+
+
+@click.command()
+@click.argument("subscription", type=click.IntRange(1))
+@with_json
+@click.pass_obj
+def retire(settings: Settings, subscription: int, is_json: bool) -> None:
+    """End SUBSCRIPTION, an id, whose handler is gone, and discard what waits for it."""
+    with operations(settings) as opened:
+        retired = opened.retire(actor(), subscription)
+    say(is_json, retired, f"retired: {subscription}")
+
+
+@click.command()
+@click.argument("queue", type=name)
+@click.argument("message_type", metavar="TYPE", type=name)
+@click.argument("payload", default="{}")
+@click.option("--priority", type=PRIORITY)
+@click.option("--metadata", help="A JSON object that travels along.")
+@click.option("--scheduled-at", type=time, help="Not handled before this time.")
+@click.option("--delay", type=float, help="Not handled before so many seconds are over.")
+@click.option("--max-retries", type=click.IntRange(0, MAX_RETRIES_LIMIT))
+@click.option("--dedupe-key", help="What is published again with it is not stored again.")
+@with_json
+@click.pass_obj
+def publish(
+    settings: Settings,
+    /,
+    queue: str,
+    message_type: str,
+    payload: str,
+    metadata: str | None,
+    scheduled_at: datetime | None,
+    is_json: bool,
+    **options: Any,
+) -> None:
+    """Publish one message into QUEUE; PAYLOAD is JSON, and - reads it from standard input."""
+    body = _json("PAYLOAD", sys.stdin.read() if payload == "-" else payload)
+    kept = None if metadata is None else _json("--metadata", metadata)
+    with operations(settings) as opened:
+        message_id = opened.publish_as(
+            actor(),
+            queue_name=queue,
+            message_type=message_type,
+            payload=body,
+            metadata=kept,
+            scheduled_at=scheduled_at,
+            **options,
+        )
+    say(is_json, {"messageId": message_id}, message_id)
+
+
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise WrongArgument(f"{name}: is not JSON: {exc}") from exc
