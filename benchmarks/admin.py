@@ -33,7 +33,7 @@ from benchmarks.bench import ROOT, report  # noqa: E402
 from shared.database import database_url, make_engine, make_reader, utc_now  # noqa: E402
 from shared.settings import load_settings  # noqa: E402
 from shared.statements import Prepared  # noqa: E402
-from shared.store import causes, consumers, failures, listing, queries, trail  # noqa: E402
+from shared.store import causes, consumers, failures, listing, overview, queries, trail  # noqa: E402
 from shared.store.listing import Filters  # noqa: E402
 from shared.store.why import Provider, why  # noqa: E402
 from shared.tables import (  # noqa: E402
@@ -213,6 +213,7 @@ def _deed(n: int) -> dict[str, Any]:
 
 def paths(last: str) -> Iterator[str]:
     newest = "2026-10-30T00:00:00Z"
+    yield "/queue/stats"
     yield "/queue/messages"
     yield "/queue/messages?limit=100"
     yield "/queue/messages?queue=queue-1"
@@ -312,6 +313,7 @@ def calls(last: str) -> dict[str, Callable[[Connection], Any]]:
         "why": lambda c: why(c, last, utc_now(c), provider),
         "failures": failures.groups,
         "subscriptions": lambda c: consumers.list_subscriptions(c, utc_now(c), "queue-1"),
+        "overview": lambda c: overview.overview(c, utc_now(c)),
         "audit log": lambda c: trail.entries(c, None, 50),
     }
 

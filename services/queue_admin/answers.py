@@ -65,6 +65,46 @@ class Stats(Schema):
     subscriptions = fields.List(fields.Nested(SubscriptionCounts), required=True)
 
 
+def _slices() -> fields.List[Any]:
+    return fields.List(fields.Int(), required=True)
+
+
+class Recent(Schema):
+    pending = _slices()
+    processing = _slices()
+    completed = _slices()
+    failed = _slices()
+    retry = _slices()
+
+
+class QueueShown(Schema):
+    queueName = _text()
+    subscriptions = _count()
+    paused = _count(metadata={"description": "Subscriptions that are paused."})
+    silent = _count(metadata={"description": "Those with work waiting and no live consumer."})
+    waiting = _count()
+    scheduled = _count()
+    active = _count()
+    dead = _count()
+    oldestWaitingSeconds = fields.Float(required=True, allow_none=True)
+    dispatchedPerSecond = fields.Float(required=True)
+    recent = fields.Nested(
+        Recent,
+        required=True,
+        metadata={
+            "description": "Messages stored in the last minute, by their status now, each in "
+            "slices of sliceSeconds, the oldest first."
+        },
+    )
+
+
+class Overview(Schema):
+    at = _text()
+    recentSeconds = _count()
+    sliceSeconds = _count()
+    queues = fields.List(fields.Nested(QueueShown), required=True)
+
+
 class Listed(Schema):
     messageId = _text()
     queueName = _text()

@@ -15,6 +15,11 @@ from shared.web import Problem
 class SubscriptionCalls(Calls):
     """See the module's docstring."""
 
+    @http("GET", "/queue/stats", answers=answers.Overview)
+    def overview(self, _request: Request) -> Any:
+        """Show all queues at a glance: what waits, since when, and what came in lately."""
+        return self.operations.overview()
+
     @http("GET", "/queue/stats/<queue>", answers=answers.Stats, refusals=[404])
     def stats(self, _request: Request, queue: str) -> Any:
         """Count the messages of a queue, and the deliveries of each subscription."""

@@ -32,6 +32,7 @@ from shared.store import (
     consumers,
     failures,
     listing,
+    overview,
     queries,
     repair,
     subscriptions,
@@ -110,6 +111,10 @@ class Operations(Publisher):
     def failures(self) -> list[dict[str, Any]]:
         """Return the groups of dead letters, the largest first."""
         return self.reader.read(failures.groups)
+
+    def overview(self) -> dict[str, Any]:
+        """Return what each queue has to do, and what was dispatched lately."""
+        return self.reader.read(_overview)
 
     def subscriptions(self, queue: str | None) -> list[dict[str, Any]]:
         """Return the subscriptions, and what each of them has."""
@@ -415,6 +420,10 @@ def _causes(connection: Connection, message_id: str) -> dict[str, Any]:
 
 def _why(connection: Connection, message_id: str, provider: Provider) -> dict[str, Any]:
     return why(connection, message_id, utc_now(connection), provider)
+
+
+def _overview(connection: Connection) -> dict[str, Any]:
+    return overview.overview(connection, utc_now(connection))
 
 
 def _subscriptions(connection: Connection, queue: str | None) -> list[dict[str, Any]]:

@@ -230,7 +230,7 @@ _NEXT = Prepared(
 
 def _walk(connection: Connection, filters: Filters, after: Place | None) -> Iterator[Place]:
     """Yield places, the newest first, by queue, status and time alone."""
-    queues = [filters.queue] if filters.queue else _queues(connection)
+    queues = [filters.queue] if filters.queue else queues_with_messages(connection)
     start = Place(filters.created_to, "") if filters.created_to else LAST
     start = min(start, after) if after else start
     branches = [
@@ -267,10 +267,10 @@ _NEXT_QUEUE = Prepared(
 def queues(connection: Connection) -> list[str]:
     """Return all queues that have a message or a subscription."""
     names = connection.execute(select(subscriptions.c.queue_name).distinct()).scalars()
-    return sorted({*names, *_queues(connection)})
+    return sorted({*names, *queues_with_messages(connection)})
 
 
-def _queues(connection: Connection) -> list[str]:
+def queues_with_messages(connection: Connection) -> list[str]:
     """Return all queues that have messages, with one look into the index for each."""
     tx = Transaction(connection, LAST.created_at)
     found: list[str] = []

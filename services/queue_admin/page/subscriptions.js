@@ -1,0 +1,69 @@
+// Who consumes what.
+
+import { get, path, post } from "./api.js";
+import { h } from "./dom.js";
+import { age, button, heading, listLink, number, status, table, time } from "./parts.js";
+
+const COLUMNS = ["Subscriber", "Queue and event type", "Consumer", "Waiting", "Oldest", "In work", "For later", "Dead", "Do"];
+
+export function subscriptions(parameters) {
+  const queue = parameters.get("queue");
+  const query = queue ? `?${new URLSearchParams({ queue })}` : "";
+  return {
+    title: "Subscriptions",
+    load: () => get(`/queue/subscriptions${query}`),
+    draw: ({ subscriptions: its }) => [
+      heading("Subscriptions"),
+      queue && h("p", null, `Of ${queue}. `, h("a", { href: "#/subscriptions" }, "Show all")),
+      its.length ? table("Times are UTC.", COLUMNS, its.map(row)) : h("p", null, "Nobody has subscribed."),
+    ],
+  };
+}
+
+function row(each) {
+  const dead = { status: "failed", queue: each.queueName, subscriber: each.subscriber };
+  return {
+    key: each.id,
+    cells: [
+      h("strong", null, each.subscriber),
+      [each.queueName, h("br"), each.messageType],
+      consumer(each),
+      number(each.waiting),
+      age(each.oldestWaitingSeconds),
+      number(each.active),
+      number(each.scheduled),
+      each.dead ? listLink(dead, number(each.dead)) : "0",
+      h("div", { class: "buttons" }, pause(each), each.consumer === "silent" && retire(each)),
+    ],
+  };
+}
+
+function consumer(each) {
+  const seen = each.consumer === "silent" && [" last seen ", time(each.lastSeenAt) ?? "never"];
+  const paused = each.pausedAt && h("div", null, status("paused"), " by ", each.pausedBy ?? "somebody", " since ", time(each.pausedAt));
+  return [status(each.consumer), seen, paused];
+}
+
+function pause(each) {
+  const its = path`/queue/subscriptions/${each.id}`;
+  const isPaused = each.pausedAt !== null;
+  const [label, word, told] = isPaused ? ["Resume", "resume", "goes on"] : ["Pause", "pause", "is paused"];
+  const act = async () => {
+    await post(`${its}/${word}`);
+    return `${each.subscriber} ${told}.`;
+  };
+  return button(label, act, { name: `${label} ${each.subscriber}, ${each.messageType}`, key: "pause" });
+}
+
+function retire(each) {
+  const act = async () => {
+    await post(path`/queue/subscriptions/${each.id}/retire`);
+    return `${each.subscriber} is retired.`;
+  };
+  const ask = {
+    question: `Retire ${each.subscriber}?`,
+    text: "For a handler that was renamed or removed: it gets no events any more, and what waits for it is discarded.",
+    yes: "Retire",
+  };
+  return button("Retire", act, { name: `Retire ${each.subscriber}, ${each.messageType}`, kind: "danger", ask });
+}

@@ -1,0 +1,432 @@
+"""The web page of queue_admin, in a browser: what a person does with it."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+import requests
+
+from shared.testing.servers import free_port, mortal
+from tests.flow.conftest import Flow
+from tests.support.browser import SECONDS, chromium, expect
+from tests.support.processes import ROOT
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.flow
+
+MAILER = "notifications.send_welcome"
+SIGN_UP = {"password": "difference engine", "first_name": "Joe", "last_name": "Doe"}
+
+
+class MailServer:
+    """What takes the mails, or does not, at an address that stays."""
+
+    def __init__(self, folder):
+        self.port = free_port()
+        self.file = folder / "mails.jsonl"
+        self.process = None
+
+    def start(self):
+        with socket.create_server(("127.0.0.1", self.port)) as listener:
+            command = [sys.executable, str(ROOT / "tests/services/smtp_server.py")]
+            command += ["--fd", str(listener.fileno()), "--mails", str(self.file)]
+            self.process = subprocess.Popen(
+                [*mortal(), *command], pass_fds=[listener.fileno()], cwd=ROOT
+            )
+
+    def stop(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def recipients(self):
+        if not self.file.exists():
+            return []
+        lines = self.file.read_text().splitlines()
+        return [address for line in lines for address in json.loads(line)["to"]]
+
+
+class Site:
+    """The four services, one attempt for each delivery, and a mail server that may be away."""
+
+    def __init__(self, folder, **env):
+        self.mail = MailServer(folder)
+        self.auth, self.admin = (f"127.0.0.1:{free_port()}" for _ in range(2))
+        self.flow = Flow(
+            folder,
+            {
+                "QUEUE_MAX_RETRIES": "0",
+                "MAIL_URL": f"smtp://127.0.0.1:{self.mail.port}",
+                "AUTH_EVENTS_ADDRESS": self.auth,
+                "COMPANY_ADDRESS": f"127.0.0.1:{free_port()}",
+                "QUEUE_ADMIN_ADDRESS": self.admin,
+                **env,
+            },
+        )
+        self.flow.run("services.queue_admin")
+        self.flow.run("services.auth_events", "services.company", "services.notifications")
+
+    def register(self, email):
+        url = f"http://{self.auth}/auth/register"
+        answer = requests.post(url, json={**SIGN_UP, "email": email}, timeout=20)
+        assert answer.status_code == 201, answer.text
+        return answer.json()["message_id"]
+
+    def status(self, message_id):
+        """Return the status of a message; 404 while it is in its service's outbox."""
+        url = f"http://{self.admin}/queue/messages/{message_id}"
+        return requests.get(url, timeout=20).json()["status"]
+
+    def wait_for(self, message_id, status):
+        wait_until(
+            lambda: self.status(message_id) == status,
+            SECONDS,
+            lambda: f"{status}, not {self.status(message_id)}",
+            every=0.05,
+        )
+
+    def failed(self, email):
+        """Sign somebody up, and wait until the mail to them has failed."""
+        message_id = self.register(email)
+        self.wait_for(message_id, "failed")
+        return message_id
+
+    def publish(self, payload, message_type="user.logged_out", queue="elsewhere"):
+        body = {"queueName": queue, "messageType": message_type, "payload": payload}
+        answer = requests.post(f"http://{self.admin}/queue/publish", json=body, timeout=20)
+        assert answer.status_code == 202, answer.text
+        return answer.json()["messageId"]
+
+    def subscription(self, subscriber):
+        shown = requests.get(f"http://{self.admin}/queue/subscriptions", timeout=20).json()
+        return next(each for each in shown["subscriptions"] if each["subscriber"] == subscriber)
+
+    def close(self):
+        self.mail.stop()
+        self.flow.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def shared_site(browser, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    made = Site(folder)
+    yield made
+    made.close()
+    for log in sorted(folder.glob("process-*.log")):
+        print(f"--- {log.name}\n{log.read_text(errors='replace')[-6000:]}")
+
+
+@pytest.fixture
+def site(shared_site):
+    """The site, its mail server away."""
+    shared_site.mail.stop()
+    return shared_site
+
+
+@pytest.fixture
+def visit(browser, site):
+    """A person who came to the page; nothing is fetched elsewhere, and nothing breaks."""
+    made = browser.visitor(site.admin)
+    made.open()
+    yield made
+    made.close()
+    assert made.other_hosts() == []
+    assert made.wrong() == []
+
+
+class TestAFailedMail:
+    def test_is_found_understood_mended_and_retried(self, site, visit):
+        message_id = site.failed("found@example.com")
+        page = visit.page
+
+        # at a glance
+        card = visit.region("Queue user-events")
+        expect(card.get_by_role("img", name="Waiting since this page was opened")).to_be_visible()
+        visit.link("Failures").click()
+        expect(visit.heading("Failures")).to_be_focused()
+        # the group, and its newest message
+        group = visit.region(f"MailUnavailableError of {MAILER}")
+        expect(group).to_contain_text("services.notifications.mail.SmtpMailer._connection")
+        visit.link("user.registered", group).click()
+        # why
+        expect(page.get_by_text(f"{MAILER}: Dead after 1 attempt")).to_be_visible()
+        delivery = visit.region(f"Delivery to {MAILER}")
+        delivery.get_by_text("Traceback", exact=True).click()
+        expect(delivery).to_contain_text("Traceback (most recent call last)")
+        expect(page.get_by_label("Payload", exact=True)).to_contain_text("found@example.com")
+        expect(page.get_by_text(message_id)).to_be_visible()
+
+        site.mail.start()
+        visit.button("Retry").click()
+
+        expect(visit.result()).to_have_text("1 delivery will run again.")
+        # without reloading
+        expect(page.get_by_text(f"{MAILER}: Completed at")).to_be_visible()
+        expect(visit.button("Retry")).to_have_count(0)
+        assert site.status(message_id) == "completed"
+        assert "found@example.com" in site.mail.recipients()
+
+    def test_is_sent_with_another_address(self, site, visit):
+        site.mail.start()
+        message_id = site.failed("refused@example.com")
+        page = visit.page
+        visit.open(f"messages/{message_id}")
+        expect(page.get_by_text("550")).not_to_have_count(0)
+
+        visit.button("Edit the payload").click()
+        payload = page.get_by_label("Payload to send")
+        payload.fill(payload.input_value().replace("refused@", "mended@") + ",")
+        visit.button("Send in its place").click()
+        expect(visit.result()).to_contain_text("This is not JSON")
+        payload.fill(payload.input_value().rstrip(","))
+        visit.button("Send in its place").click()
+
+        expect(visit.result()).to_contain_text("Sent to 1 subscription")
+        expect(page.get_by_text(f"{MAILER}: Completed at")).to_be_visible()
+        expect(page.get_by_label("Payload", exact=True)).to_contain_text("mended@example.com")
+        visit.link(message_id).click()
+        expect(page.get_by_text(f"{MAILER}: Discarded")).to_be_visible()
+        assert "mended@example.com" in site.mail.recipients()
+
+    def test_of_a_group_are_retried_and_discarded_together(self, site, visit):
+        for n in range(3):
+            site.failed(f"group-{n}@example.com")
+        group = visit.region(f"MailUnavailableError of {MAILER}")
+        visit.open("failures")
+
+        visit.button(f"Discard all: MailUnavailableError of {MAILER}", group).click()
+        visit.button("Keep it as it is").click()
+        expect(visit.button(f"Discard all: MailUnavailableError of {MAILER}")).to_be_focused()
+        site.mail.start()
+        visit.button(f"Retry all: MailUnavailableError of {MAILER}", group).click()
+
+        expect(visit.result()).to_have_text("3 dead letters of MailUnavailableError retried.")
+        expect(group).to_have_count(0)
+        wait_until(
+            lambda: {f"group-{n}@example.com" for n in range(3)} <= {*site.mail.recipients()},
+            SECONDS,
+            "the mails",
+        )
+        # what is gone had the focus
+        expect(visit.heading("Failures")).to_be_focused()
+        refused = site.failed("refused@others.example.com")
+        visit.button(f"Discard all: Reject of {MAILER}").click()
+        visit.button("Discard all").click()
+        expect(visit.result()).to_contain_text("discarded.")
+        site.wait_for(refused, "completed")
+
+
+class TestMessages:
+    def test_are_found_by_filters(self, site, visit):
+        wanted = site.publish({"user_id": "u-17", "say": "needle"}, "shop.asked")
+        other = site.publish({"user_id": "u-18", "say": "needle"}, "shop.asked")
+        visit.link("Messages").click()
+        page = visit.page
+
+        page.get_by_label("Text in the payload").fill("needle")
+        visit.button("Search").click()
+        expect(page.get_by_role("row")).to_have_count(3)
+        page.get_by_text("More filters").click()
+        page.get_by_label("Path in the payload").fill("$.user_id")
+        visit.button("Search").click()
+        expect(page.get_by_text("payloadValue: Must be given, too.")).to_be_visible()
+        page.get_by_label("Value there").fill("u-17")
+        page.keyboard.press("Enter")
+
+        expect(page.get_by_role("row")).to_have_count(2)
+        link = visit.link("shop.asked")
+        assert link.get_attribute("href") == f"#/messages/{wanted}"
+        link.click()
+        expect(page.get_by_text("Nobody was subscribed.")).to_be_visible()
+        visit.page.go_back()
+        expect(page.get_by_label("Value there")).to_have_value("u-17")
+        assert other != wanted
+        visit.forgive("422")
+
+    def test_are_put_off_run_and_cancelled(self, site, visit):
+        message_id = site.failed("later@example.com")
+        subscription = site.subscription(MAILER)
+        visit.open("subscriptions?queue=user-events")
+        name = f"Pause {MAILER}, user.registered"
+        visit.button(name).click()
+        expect(visit.result()).to_have_text(f"{MAILER} is paused.")
+        visit.open(f"messages/{message_id}")
+        visit.button("Retry").click()
+        page = visit.page
+
+        page.get_by_label("Run at (UTC)").fill("2037-01-02T03:04:05")
+        visit.button("Reschedule").click()
+        expect(visit.result()).to_have_text("1 delivery put off.")
+        expect(page.get_by_text(f"{MAILER}: Scheduled until 2037-01-02T03:04:05")).to_be_visible()
+        visit.button("Run now").click()
+        expect(page.get_by_text(f"{MAILER}: Paused by anonymous@127.0.0.1")).to_be_visible()
+        visit.button("Cancel").click()
+        visit.button("Cancel what waits").click()
+
+        expect(visit.result()).to_have_text("1 delivery cancelled.")
+        site.wait_for(message_id, "completed")
+        visit.open("audit-log")
+        expect(page.get_by_role("row").nth(1)).to_contain_text("cancel")
+        expect(page.get_by_role("row").nth(1)).to_contain_text(message_id)
+        visit.open("subscriptions")
+        visit.button(f"Resume {MAILER}, user.registered").click()
+        wait_until(lambda: site.subscription(MAILER)["pausedAt"] is None, SECONDS, "it to go on")
+        assert site.subscription(MAILER)["id"] == subscription["id"]
+
+    def test_show_what_is_hostile_as_text(self, site, visit):
+        hostile = "<img src=x onerror=alert(1)><script>alert(2)</script>\"'&amp;\u202e"
+        url = "https://evil.invalid/x.png"
+        message_id = site.publish({"a": hostile, hostile: f"<img src='{url}'>"}, "shop.asked")
+        visit.open(f"messages/{message_id}")
+
+        payload = visit.page.get_by_label("Payload", exact=True)
+        expect(payload).to_contain_text("<img src=x onerror=alert(1)><script>alert(2)</script>")
+        expect(payload).to_contain_text(f"<img src='{url}'>")
+        assert visit.page.locator("main img, main script").count() == 0
+        visit.open(f"messages/{hostile.replace('/', '')}")
+        expect(visit.page.get_by_text("no message")).to_be_visible()
+        assert visit.opened() == []
+        visit.forgive("404")
+
+    def test_keep_long_numbers_as_they_were(self, site, visit):
+        url = f"http://{site.admin}/queue/publish"
+        body = '{"queueName": "q", "messageType": "n", "payload": {"a": 12345678901234567890123, '
+        body += '"b": 1.0, "c": [], "d": {}, "e": [1, {"f": "g: [,]"}]}}'
+        headers = {"Content-Type": "application/json"}
+        answer = requests.post(url, data=body, headers=headers, timeout=20)
+        visit.open(f"messages/{answer.json()['messageId']}")
+
+        text = visit.page.get_by_label("Payload", exact=True).text_content()
+
+        assert text == json.dumps(json.loads(body)["payload"], indent=2)
+
+
+class TestSubscriptions:
+    def test_are_paused_and_resumed(self, site, visit):
+        site.mail.start()
+        visit.link("Subscriptions").click()
+        expect(visit.row(MAILER)).to_contain_text("live")
+        row = visit.row(MAILER)
+
+        visit.button(f"Pause {MAILER}, user.registered").press("Enter")
+        expect(row).to_contain_text("paused by anonymous@127.0.0.1")
+        # the same button, which has the focus still
+        expect(visit.button(f"Resume {MAILER}, user.registered")).to_be_focused()
+        message_id = site.register("held@example.com")
+        expect(row.get_by_role("cell").nth(3)).to_have_text("1")
+        assert site.subscription(MAILER)["waiting"] == 1
+        visit.page.keyboard.press("Enter")
+
+        expect(visit.result()).to_have_text(f"{MAILER} goes on.")
+        site.wait_for(message_id, "completed")
+        expect(row.get_by_role("cell").nth(3)).to_have_text("0")
+
+    def test_of_a_queue_are_paused_together(self, site, visit):
+        card = visit.region("Queue user-events")
+
+        visit.button("Pause all of user-events").click()
+        visit.button("Pause all").click()
+        expect(card).to_contain_text("paused")
+        assert site.subscription(MAILER)["pausedBy"] == "anonymous@127.0.0.1"
+        visit.button("Resume all of user-events").click()
+
+        expect(visit.result()).to_have_text("user-events goes on.")
+        assert site.subscription(MAILER)["pausedAt"] is None
+
+
+class TestThePage:
+    def test_fits_a_phone(self, browser, site):
+        message_id = site.failed("phone@example.com")
+        visit = browser.visitor(site.admin, viewport={"width": 360, "height": 740})
+        for view in (
+            "queues", "failures", "messages", "subscriptions", "audit-log",
+            f"messages/{message_id}",
+        ):  # fmt: skip
+            visit.open(view)
+            expect(visit.page.get_by_text("Loading …")).to_have_count(0)
+            width = visit.page.evaluate("document.documentElement.scrollWidth")
+            assert width <= 360, view
+        visit.close()
+
+    def test_says_that_what_it_shows_is_old(self, site, visit):
+        expect(visit.region("Queue user-events")).to_be_visible()
+
+        visit.context.set_offline(True)
+        expect(visit.page.get_by_role("alert")).to_contain_text("What is shown is old")
+        visit.context.set_offline(False)
+
+        expect(visit.page.get_by_role("alert")).to_have_text("")
+        visit.forgive("ERR_INTERNET_DISCONNECTED")
+
+    def test_asks_less_often_while_nobody_sees_it(self, site, visit):
+        expect(visit.region("Queue user-events")).to_be_visible()
+        visit.page.evaluate(
+            "Object.defineProperty(document, 'hidden', {value: true, configurable: true})"
+        )
+        asked = visit.asked("/queue/stats")
+        visit.page.wait_for_timeout(9_000)
+        # after 2 s, 4 s and 8 s, rather than every 2 s
+        assert visit.asked("/queue/stats") - asked <= 3
+        visit.page.evaluate("delete document.hidden")
+        visit.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        visit.wait_for_request("/queue/stats")
+
+    def test_is_sent_once_and_runs_nothing_else(self, site):
+        url = f"http://{site.admin}"
+        page = requests.get(url, timeout=20)
+        names = ["style.css", "app.js", "dom.js", "icon.svg"]
+        types = ["text/css", "text/javascript", "text/javascript", "image/svg+xml"]
+
+        policy = page.headers["Content-Security-Policy"].split("; ")
+        assert {"default-src 'none'", "script-src 'self'", "style-src 'self'"} <= {*policy}
+        assert {"form-action 'none'", "base-uri 'none'", "frame-ancestors 'none'"} <= {*policy}
+        assert "unsafe" not in page.headers["Content-Security-Policy"]
+        for name, kind in zip(names, types, strict=True):
+            answer = requests.get(f"{url}/page/{name}", timeout=20)
+            assert answer.headers["Content-Type"].split(";")[0] == kind
+            assert answer.headers["Cache-Control"] == "no-cache"
+            known = {"If-None-Match": answer.headers["ETag"]}
+            again = requests.get(f"{url}/page/{name}", headers=known, timeout=20)
+            assert (again.status_code, again.content) == (304, b"")
+        for name in ("", "..%2fpages.py", "nothing.js", "__pycache__"):
+            missing = requests.get(f"{url}/page/{name}", timeout=20)
+            assert (missing.status_code, missing.json()["type"]) == (404, "/problems/not-found")
+
+
+def test_a_token_is_asked_for_once(browser, tmp_path):
+    secret = "s3cret-s3cret-s3cret"
+    site = Site(tmp_path, QUEUE_ADMIN_AUTH="token", QUEUE_ADMIN_TOKENS=f"ada:{secret}")
+    visit = browser.visitor(site.admin)
+    try:
+        visit.open("subscriptions")
+        token = visit.page.get_by_label("Token")
+        expect(token).to_be_focused()
+        token.fill("wrong-wrong-wrong")
+        token.press("Enter")
+        expect(visit.page.get_by_text("This token is not known here.").first).to_be_visible()
+        expect(token).to_be_focused()
+        token.fill(secret)
+        visit.button("Go on").click()
+
+        visit.button(f"Pause {MAILER}, user.registered").click()
+        expect(visit.row(MAILER)).to_contain_text("paused by ada")
+        visit.page.reload()
+        expect(visit.row(MAILER)).to_be_visible()
+        assert secret not in str(visit.context.storage_state())
+        visit.button("Forget the token").click()
+        expect(token).to_be_visible()
+        visit.forgive("401")
+        assert visit.wrong() == []
+        assert visit.other_hosts() == []
+    finally:
+        visit.close()
+        site.close()
