@@ -18,6 +18,9 @@ d = deliveries.c
 m = messages.c
 s = subscriptions.c
 
+_IS_OPEN = d.status != literal_column("'completed'")
+"""Spelled as the condition of SQLite's index, which it would not see otherwise."""
+
 
 def queue_stats(connection: Connection, queue: str) -> dict[str, Any] | None:
     """Count the messages of a queue by status, and its deliveries by subscription.
@@ -71,6 +74,7 @@ def silent_subscriptions(connection: Connection, now: datetime) -> list[str]:
     is_waiting = and_(
         d.subscription_id == s.id,
         d.status.in_(WAITING),
+        _IS_OPEN,
         func.coalesce(d.available_at, now) <= now,
     )
     rows = connection.execute(
@@ -116,7 +120,7 @@ def _average_seconds(connection: Connection, queue: str) -> float | None:
 
 
 def _subscription_counts(connection: Connection, queue: str) -> list[dict[str, Any]]:
-    is_open = and_(d.subscription_id == s.id, d.status != literal_column("'completed'"))
+    is_open = and_(d.subscription_id == s.id, _IS_OPEN)
     is_scheduled = and_(d.status.in_(WAITING), d.available_at.is_not(None))
     rows = connection.execute(
         select(

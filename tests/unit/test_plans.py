@@ -100,6 +100,7 @@ QUESTIONS = {
     "failures": lambda c, _: failures.groups(c),
     "group": lambda c, _: failures.seqs_of(c, "0" * 16, 10, of_the_living=True),
     "subscriptions": lambda c, _: consumers.list_subscriptions(c, utc_now(c)),
+    "health": lambda c, _: queries.silent_subscriptions(c, utc_now(c)),
     "overview": lambda c, _: overview.overview(c, utc_now(c)),
     "audit log": lambda c, _: trail.entries(c, 10, 50),
     "metrics": lambda c, _: log_gauges(c, joins_log=False),
