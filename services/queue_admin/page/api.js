@@ -6,7 +6,9 @@ const TIMEOUT_MS = 30_000;
 /** Thrown when queue_admin refuses: problem details (RFC 9457). */
 export class Problem extends Error {
   constructor(status, body) {
-    const fields = Object.entries(body.errors ?? {}).map(([name, said]) => `${name}: ${said.join(" ")}`);
+    const fields = Object.entries(body.errors ?? {}).map(
+      ([name, said]) => `${name}: ${said.join(" ")}`,
+    );
     super(fields.join("; ") || body.detail || body.title || `HTTP status ${status}`);
     this.status = status;
     this.errors = body.errors ?? {};
@@ -33,7 +35,9 @@ export async function fetchText(method, path, body) {
 }
 
 export async function call(method, path, body) {
-  return JSON.parse(await fetchText(method, path, body === undefined ? body : JSON.stringify(body)));
+  return JSON.parse(
+    await fetchText(method, path, body === undefined ? body : JSON.stringify(body)),
+  );
 }
 
 export const get = (path) => call("GET", path);
@@ -46,7 +50,10 @@ export function path(strings, ...values) {
 
 /** What queue_admin says of itself; without a token, and red as well. */
 export async function health() {
-  const answer = await fetch("/queue/health", { signal: AbortSignal.timeout(TIMEOUT_MS), cache: "no-store" });
+  const answer = await fetch("/queue/health", {
+    signal: AbortSignal.timeout(TIMEOUT_MS),
+    cache: "no-store",
+  });
   return answer.json();
 }
 

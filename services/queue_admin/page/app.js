@@ -56,7 +56,9 @@ function navigate(isFirst = false) {
   document.title = `${view.title} – queue_admin`;
   show(
     document.getElementById("nav"),
-    VIEWS.map(([key, label]) => h("a", { href: `#/${key}`, "aria-current": key === name ? "page" : null }, label)),
+    VIEWS.map(([key, label]) =>
+      h("a", { href: `#/${key}`, "aria-current": key === name ? "page" : null }, label),
+    ),
   );
   if (!isFirst) say("");
   main.replaceChildren(heading(view.title), h("p", null, "Loading …"));
@@ -116,7 +118,9 @@ function state(its) {
   const ill = [
     its.provider.status === "up" ? null : `${its.provider.name} does not answer`,
     its.database.status === "up" ? null : "the database does not answer",
-    its.consumers.silent.length ? `work waits, and nobody consumes: ${its.consumers.silent.join(", ")}` : null,
+    its.consumers.silent.length
+      ? `work waits, and nobody consumes: ${its.consumers.silent.join(", ")}`
+      : null,
   ].filter(Boolean);
   const text = ill.length ? `unhealthy: ${ill.join("; ")}` : `healthy, on ${its.provider.name}`;
   return h("span", { class: `status ${ill.length ? "failed" : "completed"}` }, text);
@@ -140,12 +144,22 @@ function signIn() {
   };
   main.replaceChildren(
     heading("Token"),
-    wasRefused ? h("p", { class: "error", id: "refused" }, "This token is not known here.") : null ?? "",
-    h("p", null, "This queue_admin asks for one of its QUEUE_ADMIN_TOKENS. It is kept until this tab is closed."),
+    wasRefused
+      ? h("p", { class: "error", id: "refused" }, "This token is not known here.")
+      : (null ?? ""),
+    h(
+      "p",
+      null,
+      "This queue_admin asks for one of its QUEUE_ADMIN_TOKENS. It is kept until this tab is closed.",
+    ),
     h(
       "form",
       { onsubmit, "data-kept": true },
-      field("Token", "token", { type: "password", required: true, "aria-describedby": wasRefused ? "refused" : null }),
+      field("Token", "token", {
+        type: "password",
+        required: true,
+        "aria-describedby": wasRefused ? "refused" : null,
+      }),
       h("button", null, "Go on"),
     ),
   );
@@ -167,7 +181,13 @@ function signOutButton() {
 afterActions(refresh);
 addEventListener("hashchange", () => navigate());
 document.addEventListener("visibilitychange", () => {
-  if (!document.hidden && current && current.isLive !== false && !main.querySelector("#field-token")) refresh();
+  if (
+    !document.hidden &&
+    current &&
+    current.isLive !== false &&
+    !main.querySelector("#field-token")
+  )
+    refresh();
 });
 document.getElementById("skip").onclick = (event) => {
   event.preventDefault();

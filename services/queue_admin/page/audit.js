@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { h } from "./dom.js";
-import { button, counted, heading, messageLink, table, time } from "./parts.js";
+import { breakable, button, counted, heading, messageLink, table, time } from "./parts.js";
 
 export function auditLog() {
   const older = { entries: [], before: undefined };
@@ -15,8 +15,18 @@ export function auditLog() {
       const before = older.before === undefined ? nextBefore : older.before;
       return [
         heading("Audit log"),
-        shown.length ? table("What was changed through queue_admin, newest first. Times are UTC.", ["When", "Who", "What", "Of", "Details"], shown.map(row)) : h("p", null, "Nothing was changed yet."),
-        h("div", { class: "buttons" }, before !== null && button("Show older", () => fetchOlder(older, shown, before))),
+        shown.length
+          ? table(
+              "What was changed through queue_admin, newest first. Times are UTC.",
+              ["When", "Who", "What", "Of", "Details"],
+              shown.map(row),
+            )
+          : h("p", null, "Nothing was changed yet."),
+        h(
+          "div",
+          { class: "buttons" },
+          before !== null && button("Show older", () => fetchOlder(older, shown, before)),
+        ),
       ];
     },
   };
@@ -32,5 +42,14 @@ async function fetchOlder(older, shown, before) {
 function row(each) {
   const [, id] = each.target.match(/^message (\S+)$/) ?? [];
   const detail = each.detail === null ? "" : h("code", null, JSON.stringify(each.detail));
-  return { key: each.id, cells: [time(each.at), each.actor, each.action, id ? messageLink(id, each.target) : each.target, detail] };
+  return {
+    key: each.id,
+    cells: [
+      time(each.at),
+      breakable(each.actor),
+      each.action,
+      id ? messageLink(id, each.target) : each.target,
+      detail,
+    ],
+  };
 }

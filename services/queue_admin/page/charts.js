@@ -26,7 +26,9 @@ export function columns(label, series) {
 export function line(label, numbers, most) {
   const scale = (HEIGHT - 2) / Math.max(1, ...numbers);
   const begin = WIDTH - ((numbers.length - 1) * WIDTH) / (most - 1);
-  const points = numbers.map((number, n) => `${begin + (n * WIDTH) / (most - 1)} ${HEIGHT - 1 - number * scale}`);
+  const points = numbers.map(
+    (number, n) => `${begin + (n * WIDTH) / (most - 1)} ${HEIGHT - 1 - number * scale}`,
+  );
   const path = numbers.length > 1 ? `M${points.join("L")}` : "";
   return chart(label, [h("path", { class: "line", d: path })]);
 }

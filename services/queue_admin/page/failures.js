@@ -2,7 +2,18 @@
 
 import { get, path, post } from "./api.js";
 import { h } from "./dom.js";
-import { button, counted, facts, heading, listLink, messageLink, number, say, time } from "./parts.js";
+import {
+  breakable,
+  button,
+  counted,
+  facts,
+  heading,
+  listLink,
+  messageLink,
+  number,
+  say,
+  time,
+} from "./parts.js";
 
 const AT_ONCE = 500;
 
@@ -12,8 +23,14 @@ export function failures() {
     load: () => get("/queue/failures"),
     draw: ({ failures: groups }) => [
       heading("Failures"),
-      h("p", null, "Dead letters, by exception and place. Mend the cause first; what is retried runs again at once."),
-      groups.length ? h("div", { class: "cards wide" }, groups.map(card)) : h("p", null, "Nothing has failed."),
+      h(
+        "p",
+        null,
+        "Dead letters, by exception and place. Mend the cause first; what is retried runs again at once.",
+      ),
+      groups.length
+        ? h("div", { class: "cards wide" }, groups.map(card))
+        : h("p", null, "Nothing has failed."),
     ],
   };
 }
@@ -25,11 +42,16 @@ function card(group) {
   return h(
     "section",
     { class: "card", "data-key": group.fingerprint, "aria-label": name },
-    h("div", { class: "heading" }, h("h2", null, group.errorType), h("span", { class: "status failed" }, all)),
+    h(
+      "div",
+      { class: "heading" },
+      h("h2", null, group.errorType),
+      h("span", { class: "status failed" }, all),
+    ),
     h("p", { class: "error-text" }, example.errorMessage ?? ""),
     facts([
-      ["At", group.place && h("code", null, group.place)],
-      ["Subscriber", example.subscriber],
+      ["At", group.place && h("code", null, breakable(group.place))],
+      ["Subscriber", breakable(example.subscriber)],
       ["First", time(group.firstSeenAt)],
       ["Last", time(group.lastSeenAt)],
       ["Newest message", messageLink(example.messageId, example.messageType)],
@@ -41,9 +63,16 @@ function card(group) {
       button("Discard all", () => each(group, "discard", "discarded"), {
         name: `Discard all: ${name}`,
         kind: "danger",
-        ask: { question: `Discard ${all}?`, text: `${name}: they are given up for good.`, yes: "Discard all" },
+        ask: {
+          question: `Discard ${all}?`,
+          text: `${name}: they are given up for good.`,
+          yes: "Discard all",
+        },
       }),
-      listLink({ status: "failed", exceptionType: group.errorType, subscriber: example.subscriber }, "Show the messages"),
+      listLink(
+        { status: "failed", exceptionType: group.errorType, subscriber: example.subscriber },
+        "Show the messages",
+      ),
     ),
   );
 }
@@ -53,7 +82,9 @@ async function each(group, word, count) {
   let done = 0;
   while (done < group.count) {
     const limit = Math.min(AT_ONCE, group.count - done);
-    const answer = await post(path`/queue/failures/${group.fingerprint}/${word}?limit=` + limit).catch((error) => {
+    const answer = await post(
+      path`/queue/failures/${group.fingerprint}/${word}?limit=` + limit,
+    ).catch((error) => {
       // somebody else was faster with the rest
       if (done > 0 && error.status === 409) return { [count]: 0, remaining: 0 };
       throw error;

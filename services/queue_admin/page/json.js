@@ -10,7 +10,8 @@ export function member(text, name) {
   let begin = -1;
   let before = "";
   for (const { 0: token, index } of text.matchAll(TOKEN)) {
-    if (begin >= 0 && depth === 1 && (token === "," || token === "}")) return text.slice(begin, index);
+    if (begin >= 0 && depth === 1 && (token === "," || token === "}"))
+      return text.slice(begin, index);
     if (token === ":" && depth === 1 && JSON.parse(before) === name) begin = index + 1;
     if (token === "{" || token === "[") depth += 1;
     if (token === "}" || token === "]") depth -= 1;
@@ -28,7 +29,8 @@ export function pretty(text) {
     const isEnd = token === "}" || token === "]";
     const isEmpty = isEnd && (before === "{" || before === "[");
     if (isEnd) depth -= 1;
-    if ((isEnd && !isEmpty) || (!isEnd && "{[,".includes(before) && before)) made.push("\n", INDENT.repeat(depth));
+    if ((isEnd && !isEmpty) || (!isEnd && "{[,".includes(before) && before))
+      made.push("\n", INDENT.repeat(depth));
     made.push(token === ":" ? ": " : token);
     if (token === "{" || token === "[") depth += 1;
     before = token;

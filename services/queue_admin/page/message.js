@@ -3,7 +3,18 @@
 import { fetchText, get, path, post } from "./api.js";
 import { h } from "./dom.js";
 import { member, pretty } from "./json.js";
-import { button, counted, facts, field, heading, messageLink, run, say, status, time } from "./parts.js";
+import {
+  button,
+  counted,
+  facts,
+  field,
+  heading,
+  messageLink,
+  run,
+  say,
+  status,
+  time,
+} from "./parts.js";
 
 export function message(id) {
   const its = path`/queue/messages/${id}`;
@@ -12,7 +23,12 @@ export function message(id) {
     title: "Message",
     load: async () => {
       const [text, why] = await Promise.all([fetchText("GET", its), get(`${its}/why`)]);
-      return { ...JSON.parse(text), payloadText: pretty(member(text, "payload")), metadataText: pretty(member(text, "metadata")), reasons: why.reasons };
+      return {
+        ...JSON.parse(text),
+        payloadText: pretty(member(text, "payload")),
+        metadataText: pretty(member(text, "metadata")),
+        reasons: why.reasons,
+      };
     },
     // once what is to have the focus is there
     drawn: () => {
@@ -34,11 +50,24 @@ export function message(id) {
       h("h2", null, "Why"),
       h("ul", { class: "reasons" }, shown.reasons.map(reason)),
       h("h2", null, "Payload"),
-      state.isEditing ? editor(shown, its, state) : h("pre", { tabindex: 0, "aria-label": "Payload", "data-key": "payload" }, shown.payloadText),
+      state.isEditing
+        ? editor(shown, its, state)
+        : h(
+            "pre",
+            { tabindex: 0, "aria-label": "Payload", "data-key": "payload" },
+            shown.payloadText,
+          ),
       h("h2", null, "Deliveries"),
-      shown.deliveries.length ? shown.deliveries.map(delivery) : h("p", null, "Nobody was subscribed."),
+      shown.deliveries.length
+        ? shown.deliveries.map(delivery)
+        : h("p", null, "Nobody was subscribed."),
       causes(shown),
-      h("details", { "data-key": "metadata" }, h("summary", null, "Metadata"), h("pre", { tabindex: 0 }, shown.metadataText)),
+      h(
+        "details",
+        { "data-key": "metadata" },
+        h("summary", null, "Metadata"),
+        h("pre", { tabindex: 0 }, shown.metadataText),
+      ),
     ],
   };
 }
@@ -91,13 +120,19 @@ function discard(its) {
     const { discarded } = await post(`${its}/discard`);
     return `${counted(discarded, "dead letter")} discarded.`;
   };
-  const ask = { question: "Discard it?", text: "Its dead letters are given up for good.", yes: "Discard" };
+  const ask = {
+    question: "Discard it?",
+    text: "Its dead letters are given up for good.",
+    yes: "Discard",
+  };
   return button("Discard", act, { kind: "danger", ask });
 }
 
 function now(its) {
   const act = async () => {
-    const { rescheduled } = await post(`${its}/reschedule`, { scheduledAt: "2000-01-01T00:00:00Z" });
+    const { rescheduled } = await post(`${its}/reschedule`, {
+      scheduledAt: "2000-01-01T00:00:00Z",
+    });
     return `${counted(rescheduled, "delivery", "deliveries")} may run now.`;
   };
   return button("Run now", act);
@@ -108,7 +143,11 @@ function cancel(its) {
     const { cancelled } = await post(`${its}/cancel`);
     return `${counted(cancelled, "delivery", "deliveries")} cancelled.`;
   };
-  const ask = { question: "Cancel it?", text: "What waits of it will not run. What a worker has goes on.", yes: "Cancel what waits" };
+  const ask = {
+    question: "Cancel it?",
+    text: "What waits of it will not run. What a worker has goes on.",
+    yes: "Cancel what waits",
+  };
   return button("Cancel", act, { kind: "danger", ask });
 }
 
@@ -117,7 +156,9 @@ function later(its) {
     event.preventDefault();
     const form = event.currentTarget;
     run(form.querySelector("button"), async () => {
-      const { rescheduled } = await post(`${its}/reschedule`, { scheduledAt: `${form.elements.at.value}Z` });
+      const { rescheduled } = await post(`${its}/reschedule`, {
+        scheduledAt: `${form.elements.at.value}Z`,
+      });
       return `${counted(rescheduled, "delivery", "deliveries")} put off.`;
     });
   };
@@ -146,10 +187,20 @@ function editor(shown, its, state) {
     field(
       "Payload to send",
       "payload",
-      { tag: "textarea", rows: Math.min(24, shown.payloadText.split("\n").length + 1), spellcheck: "false", options: [shown.payloadText] },
+      {
+        tag: "textarea",
+        rows: Math.min(24, shown.payloadText.split("\n").length + 1),
+        spellcheck: "false",
+        options: [shown.payloadText],
+      },
       "It goes to those subscriptions alone where this message failed, as a new message; the dead letters of this one are discarded.",
     ),
-    h("div", { class: "buttons" }, h("button", { class: "primary" }, "Send in its place"), h("button", { type: "button", onclick: close }, "Leave it")),
+    h(
+      "div",
+      { class: "buttons" },
+      h("button", { class: "primary" }, "Send in its place"),
+      h("button", { type: "button", onclick: close }, "Leave it"),
+    ),
   );
 }
 
@@ -161,11 +212,17 @@ async function resend(text, its, state) {
     return null;
   }
   // the text as it is: parsed and written again, long numbers would be others
-  const { messageId, sent } = JSON.parse(await fetchText("POST", `${its}/resend`, `{"payload": ${text}}`));
+  const { messageId, sent } = JSON.parse(
+    await fetchText("POST", `${its}/resend`, `{"payload": ${text}}`),
+  );
   state.isEditing = false;
   location.hash = `#/messages/${encodeURIComponent(messageId)}`;
   // the new view says nothing yet
-  addEventListener("hashchange", () => say(`Sent to ${counted(sent, "subscription")}. This is the new message.`), { once: true });
+  addEventListener(
+    "hashchange",
+    () => say(`Sent to ${counted(sent, "subscription")}. This is the new message.`),
+    { once: true },
+  );
   return null;
 }
 
@@ -174,7 +231,11 @@ async function resend(text, its, state) {
 function delivery(each, n) {
   return h(
     "section",
-    { class: "card", "data-key": `${n} ${each.subscriber}`, "aria-label": `Delivery to ${each.subscriber}` },
+    {
+      class: "card",
+      "data-key": `${n} ${each.subscriber}`,
+      "aria-label": `Delivery to ${each.subscriber}`,
+    },
     h("div", { class: "heading" }, h("h3", null, each.subscriber), status(each.status)),
     facts([
       ["Attempts", String(each.attempts)],
@@ -198,7 +259,13 @@ function attempt(each, n) {
     time(each.endedAt),
     each.worker && `, by ${each.worker}`,
     error && h("div", { class: "error-text" }, error),
-    each.traceback && h("details", null, h("summary", null, "Traceback"), h("pre", { tabindex: 0 }, each.traceback)),
+    each.traceback &&
+      h(
+        "details",
+        null,
+        h("summary", null, "Traceback"),
+        h("pre", { tabindex: 0 }, each.traceback),
+      ),
   );
 }
 
@@ -208,17 +275,30 @@ function causes(shown) {
     "section",
     { "data-key": "causes" },
     h("h2", null, "Causes and effects"),
-    shown.causedBy.length > 0 && [h("h3", null, "Caused by"), h("ol", null, shown.causedBy.map((each) => h("li", null, link(each))))],
+    shown.causedBy.length > 0 && [
+      h("h3", null, "Caused by"),
+      h(
+        "ol",
+        null,
+        shown.causedBy.map((each) => h("li", null, link(each))),
+      ),
+    ],
     shown.caused.length > 0 && [h("h3", null, "Caused"), tree(shown.caused)],
     shown.causedMore && h("p", null, "There is more than is shown here."),
   );
 }
 
 function tree(effects) {
-  return h("ul", null, effects.map((each) => h("li", null, link(each), each.caused.length > 0 && tree(each.caused))));
+  return h(
+    "ul",
+    null,
+    effects.map((each) => h("li", null, link(each), each.caused.length > 0 && tree(each.caused))),
+  );
 }
 
 function link(each) {
   // a cause may be gone from the log
-  return each.messageType ? [messageLink(each.messageId, each.messageType), " ", status(each.status)] : h("code", null, each.messageId);
+  return each.messageType
+    ? [messageLink(each.messageId, each.messageType), " ", status(each.status)]
+    : h("code", null, each.messageId);
 }

@@ -2,11 +2,33 @@
 
 import { get, post } from "./api.js";
 import { h } from "./dom.js";
-import { button, counted, field, heading, messageLink, number, option, say, status, table, time } from "./parts.js";
+import {
+  breakable,
+  button,
+  counted,
+  field,
+  heading,
+  messageLink,
+  number,
+  option,
+  say,
+  status,
+  table,
+  time,
+} from "./parts.js";
 
 const STATUSES = ["pending", "processing", "completed", "failed", "retry"];
 const PRIORITIES = ["urgent", "high", "normal", "low"];
-const MORE = ["type", "subscriber", "exceptionType", "priority", "createdFrom", "createdTo", "payloadPath", "payloadValue"];
+const MORE = [
+  "type",
+  "subscriber",
+  "exceptionType",
+  "priority",
+  "createdFrom",
+  "createdTo",
+  "payloadPath",
+  "payloadValue",
+];
 const TIMES = ["createdFrom", "createdTo"];
 
 const PAGE = 50;
@@ -32,7 +54,12 @@ export function messages(parameters) {
     ],
   };
   // text and paths have to be looked for in payloads: once is enough
-  view.isLive = !("text" in filters || "payloadPath" in filters || "exceptionType" in filters || "subscriber" in filters);
+  view.isLive = !(
+    "text" in filters ||
+    "payloadPath" in filters ||
+    "exceptionType" in filters ||
+    "subscriber" in filters
+  );
   return view;
 }
 
@@ -40,12 +67,17 @@ async function search(filters, from, wanted) {
   const rows = [];
   let cursor = from;
   for (let calls = 0; calls < MOST_CALLS && rows.length < wanted; calls += 1) {
-    const query = new URLSearchParams({ ...filters, limit: wanted - rows.length, ...(cursor ? { cursor } : {}) });
+    const query = new URLSearchParams({
+      ...filters,
+      limit: wanted - rows.length,
+      ...(cursor ? { cursor } : {}),
+    });
     let page;
     try {
       page = await get(`/queue/messages?${query}`);
     } catch (error) {
-      if (error.status === 422) return { rows, cursor: null, isAtEnd: true, problem: error.message };
+      if (error.status === 422)
+        return { rows, cursor: null, isAtEnd: true, problem: error.message };
       throw error;
     }
     rows.push(...page.messages);
@@ -59,7 +91,11 @@ function results(filters, found) {
   if (found.problem) return h("p", { class: "error" }, found.problem);
   return [
     found.rows.length
-      ? table(`${counted(found.rows.length, "message")}${found.isAtEnd ? "" : " so far"}, newest first. Times are UTC.`, ["Message", "Queue", "Status", "Stored", "Retries", "Error"], found.rows.map(row))
+      ? table(
+          `${counted(found.rows.length, "message")}${found.isAtEnd ? "" : " so far"}, newest first. Times are UTC.`,
+          ["Message", "Queue", "Status", "Stored", "Retries", "Error"],
+          found.rows.map(row),
+        )
       : h("p", null, found.isAtEnd ? "No message fits." : "None so far."),
     h("div", { class: "buttons" }, more(filters, found), retry(filters, found)),
   ];
@@ -69,12 +105,12 @@ function row(each) {
   return {
     key: each.messageId,
     cells: [
-      messageLink(each.messageId, each.messageType),
-      each.queueName,
+      messageLink(each.messageId, breakable(each.messageType)),
+      breakable(each.queueName),
       status(each.status),
       time(each.createdAt),
       number(each.retryCount),
-      each.errorMessage ?? "",
+      h("div", { class: "error-text" }, each.errorMessage ?? ""),
     ],
   };
 }
@@ -97,7 +133,11 @@ function retry(filters, found) {
   const act = async () => {
     let [cursor, retried] = [null, 0];
     do {
-      const answer = await post("/queue/retry", { ...its, limit: 500, ...(cursor ? { cursor } : {}) });
+      const answer = await post("/queue/retry", {
+        ...its,
+        limit: 500,
+        ...(cursor ? { cursor } : {}),
+      });
       cursor = answer.nextCursor;
       retried += answer.retried;
       say(`${number(retried)} so far …`);
@@ -136,13 +176,31 @@ function form(filters, key) {
     if (location.hash === hash) dispatchEvent(new Event("hashchange"));
     else location.hash = hash;
   };
-  const text = (name, label, attributes, hint) => field(label, name, { value: filters[name] ?? "", ...attributes }, hint);
-  const one = (name, label, values) => field(label, name, { options: [option("", filters[name], "any"), ...values.map((each) => option(each, filters[name]))] });
-  const when = (name, label) => field(label, name, { type: "datetime-local", step: 1, value: (filters[name] ?? "").replace(/Z$/, "") });
+  const text = (name, label, attributes, hint) =>
+    field(label, name, { value: filters[name] ?? "", ...attributes }, hint);
+  const one = (name, label, values) =>
+    field(label, name, {
+      options: [
+        option("", filters[name], "any"),
+        ...values.map((each) => option(each, filters[name])),
+      ],
+    });
+  const when = (name, label) =>
+    field(label, name, {
+      type: "datetime-local",
+      step: 1,
+      value: (filters[name] ?? "").replace(/Z$/, ""),
+    });
   return h(
     "form",
     { class: "search", role: "search", "data-key": `form ${key}`, "data-kept": true, onsubmit },
-    h("div", { class: "fields" }, text("queue", "Queue"), one("status", "Status", STATUSES), text("text", "Text in the payload", {}, "As it is written, capitals apart")),
+    h(
+      "div",
+      { class: "fields" },
+      text("queue", "Queue"),
+      one("status", "Status", STATUSES),
+      text("text", "Text in the payload", {}, "As it is written, capitals apart"),
+    ),
     h(
       "details",
       { open: MORE.some((name) => name in filters) },
@@ -160,6 +218,11 @@ function form(filters, key) {
         text("payloadValue", "Value there", {}, '7 is a number, "7" a text'),
       ),
     ),
-    h("div", { class: "buttons" }, h("button", { class: "primary" }, "Search"), h("a", { href: "#/messages" }, "No filters")),
+    h(
+      "div",
+      { class: "buttons" },
+      h("button", { class: "primary" }, "Search"),
+      h("a", { href: "#/messages" }, "No filters"),
+    ),
   );
 }

@@ -24,7 +24,17 @@ export function say(text, isError = false) {
  */
 export function button(label, act, { name = label, key = label, ask, kind = "" } = {}) {
   const onclick = (event) => run(event.currentTarget, act, ask);
-  return h("button", { type: "button", "aria-label": name === label ? null : name, "data-key": key, class: kind, onclick }, label);
+  return h(
+    "button",
+    {
+      type: "button",
+      "aria-label": name === label ? null : name,
+      "data-key": key,
+      class: kind,
+      onclick,
+    },
+    label,
+  );
 }
 
 /** Do what a button or a form is for: once, however often it is pressed meanwhile. */
@@ -57,7 +67,11 @@ function confirmed({ question, text, yes }) {
         "div",
         { class: "buttons" },
         h("button", { type: "button", class: "danger", onclick: answer(true) }, yes),
-        h("button", { type: "button", autofocus: true, onclick: answer(false) }, "Keep it as it is"),
+        h(
+          "button",
+          { type: "button", autofocus: true, onclick: answer(false) },
+          "Keep it as it is",
+        ),
       ),
     );
     dialog.oncancel = () => resolve(false);
@@ -78,7 +92,11 @@ export function field(label, name, attributes = {}, hint = null) {
     "div",
     { class: "field" },
     h("label", { for: id }, label),
-    h(tag, { id, name, "aria-describedby": described, autocomplete: "off", ...rest }, options ?? []),
+    h(
+      tag,
+      { id, name, "aria-describedby": described, autocomplete: "off", ...rest },
+      options ?? [],
+    ),
     hint && h("small", { id: described }, hint),
   );
 }
@@ -89,24 +107,50 @@ export function option(value, chosen, label = value) {
 
 /** A table that stays one for a reader of screens where it is laid out as cards. */
 export function table(caption, columns, rows) {
-  return h(
+  const made = h(
     "table",
     { role: "table" },
     h("caption", null, caption),
-    h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, columns.map((name) => h("th", { scope: "col", role: "columnheader" }, name)))),
+    h(
+      "thead",
+      { role: "rowgroup" },
+      h(
+        "tr",
+        { role: "row" },
+        columns.map((name) => h("th", { scope: "col", role: "columnheader" }, name)),
+      ),
+    ),
     h(
       "tbody",
       { role: "rowgroup" },
       rows.map(({ key, cells }) =>
-        h("tr", { role: "row", "data-key": key }, cells.map((cell, n) => h("td", { role: "cell", "data-label": columns[n] }, cell))),
+        h(
+          "tr",
+          { role: "row", "data-key": key },
+          cells.map((cell, n) =>
+            h("td", { role: "cell", "data-label": columns[n] }, h("div", null, cell)),
+          ),
+        ),
       ),
     ),
   );
+  return h("div", { class: "wide-table" }, made);
+}
+
+/** A name that may be broken where its words end, rather than anywhere. */
+export function breakable(name) {
+  return name.split(/(?<=[._@-])/).flatMap((part) => [part, h("wbr")]);
 }
 
 /** Names and what they are. */
 export function facts(pairs) {
-  return h("dl", { class: "facts" }, pairs.filter(([, value]) => value != null).map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))));
+  return h(
+    "dl",
+    { class: "facts" },
+    pairs
+      .filter(([, value]) => value != null)
+      .map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))),
+  );
 }
 
 export function status(text) {
@@ -123,10 +167,16 @@ export function listLink(filters, text) {
 
 /** A time, to the second, in UTC as everywhere in the suite. */
 export function time(iso) {
-  return iso == null ? null : h("time", { datetime: iso }, `${iso.slice(0, 10)} ${iso.slice(11, 19)}`);
+  return iso == null
+    ? null
+    : h("time", { datetime: iso }, `${iso.slice(0, 10)} ${iso.slice(11, 19)}`);
 }
 
-const UNITS = [["d", 86_400], ["h", 3_600], ["min", 60]];
+const UNITS = [
+  ["d", 86_400],
+  ["h", 3_600],
+  ["min", 60],
+];
 
 export function age(seconds) {
   if (seconds == null) return "–";

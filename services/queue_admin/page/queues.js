@@ -17,8 +17,16 @@ export function queues() {
     draw: (shown) => [
       heading("Queues"),
       shown.queues.length
-        ? h("div", { class: "cards" }, shown.queues.map((queue) => card(queue, shown)))
-        : h("p", null, "There is no queue yet. One is there once a service subscribes, or dispatches."),
+        ? h(
+            "div",
+            { class: "cards" },
+            shown.queues.map((queue) => card(queue, shown)),
+          )
+        : h(
+            "p",
+            null,
+            "There is no queue yet. One is there once a service subscribes, or dispatches.",
+          ),
     ],
   };
 }
@@ -47,33 +55,62 @@ function card(queue, shown) {
     ]),
     recent(queue, shown),
     trend(name),
-    h("div", { class: "buttons" }, pause(queue), h("a", { href: `#/subscriptions?${new URLSearchParams({ queue: name })}` }, counted(queue.subscriptions, "subscription"))),
+    h(
+      "div",
+      { class: "buttons" },
+      pause(queue),
+      h(
+        "a",
+        { href: `#/subscriptions?${new URLSearchParams({ queue: name })}` },
+        counted(queue.subscriptions, "subscription"),
+      ),
+    ),
   );
 }
 
 function badges(queue) {
   return [
-    queue.silent > 0 && h("span", { class: "status failed", "data-key": "silent" }, `${counted(queue.silent, "subscription")} without a consumer`),
-    queue.paused > 0 && h("span", { class: "status retry", "data-key": "paused" }, `${number(queue.paused)} of ${number(queue.subscriptions)} paused`),
+    queue.silent > 0 &&
+      h(
+        "span",
+        { class: "status failed", "data-key": "silent" },
+        `${counted(queue.silent, "subscription")} without a consumer`,
+      ),
+    queue.paused > 0 &&
+      h(
+        "span",
+        { class: "status retry", "data-key": "paused" },
+        `${number(queue.paused)} of ${number(queue.subscriptions)} paused`,
+      ),
   ];
 }
 
 function recent({ recent: its }, { recentSeconds, sliceSeconds }) {
   const open = its.pending.map((pending, n) => pending + its.processing[n] + its.retry[n]);
-  const sums = [["completed", its.completed], ["pending", open], ["failed", its.failed]].map(([kind, numbers]) => [kind, numbers, sum(numbers)]);
-  const words = { completed: "completed", pending: "not yet", failed: "failed" };
-  const most = Math.max(...its.completed.map((done, n) => done + open[n] + its.failed[n])) / sliceSeconds;
+  const sums = [
+    ["completed", its.completed],
+    ["pending", open],
+    ["failed", its.failed],
+  ].map(([kind, numbers]) => [kind, numbers, sum(numbers)]);
+  const words = { completed: "completed", pending: "under way", failed: "failed" };
+  const most =
+    Math.max(...its.completed.map((done, n) => done + open[n] + its.failed[n])) / sliceSeconds;
   const told = sums.map(([kind, , count]) => `${number(count)} ${words[kind]}`).join(", ");
   const label = `Stored in the last ${recentSeconds} s, and what became of it: ${told}; at most ${rate(most)} per second`;
   return h(
     "figure",
     null,
-    columns(label, sums.map(([kind, numbers]) => [kind, numbers])),
+    columns(
+      label,
+      sums.map(([kind, numbers]) => [kind, numbers]),
+    ),
     h(
       "figcaption",
       null,
-      `Stored in the last ${recentSeconds} s: `,
-      sums.map(([kind, , count]) => h("span", { class: `key ${kind}` }, `${number(count)} ${words[kind]}`)),
+      `Stored in the last ${recentSeconds} s, at most ${rate(most)} per second: `,
+      sums.map(([kind, , count]) =>
+        h("span", { class: `key ${kind}` }, `${number(count)} ${words[kind]}`),
+      ),
     ),
   );
 }
@@ -81,8 +118,13 @@ function recent({ recent: its }, { recentSeconds, sliceSeconds }) {
 function trend(name) {
   const numbers = waited.get(name);
   const most = Math.max(...numbers);
-  const label = `Waiting since this page was opened: now ${number(numbers.at(-1))}, at most ${number(most)}`;
-  return h("figure", null, line(label, numbers, TREND), h("figcaption", null, `Waiting, last 5 min: at most ${number(most)}`));
+  const label = `Waiting, since the page was opened: now ${number(numbers.at(-1))}, at most ${number(most)}`;
+  return h(
+    "figure",
+    null,
+    line(label, numbers, TREND),
+    h("figcaption", null, `Waiting, since the page was opened: at most ${number(most)}`),
+  );
 }
 
 function pause(queue) {

@@ -2,9 +2,19 @@
 
 import { get, path, post } from "./api.js";
 import { h } from "./dom.js";
-import { age, button, heading, listLink, number, status, table, time } from "./parts.js";
+import { age, breakable, button, heading, listLink, number, status, table, time } from "./parts.js";
 
-const COLUMNS = ["Subscriber", "Queue and event type", "Consumer", "Waiting", "Oldest", "In work", "For later", "Dead", "Do"];
+const COLUMNS = [
+  "Subscriber",
+  "Queue and event type",
+  "Consumer",
+  "Waiting",
+  "Oldest",
+  "In work",
+  "For later",
+  "Dead",
+  "Do",
+];
 
 export function subscriptions(parameters) {
   const queue = parameters.get("queue");
@@ -15,7 +25,9 @@ export function subscriptions(parameters) {
     draw: ({ subscriptions: its }) => [
       heading("Subscriptions"),
       queue && h("p", null, `Of ${queue}. `, h("a", { href: "#/subscriptions" }, "Show all")),
-      its.length ? table("Times are UTC.", COLUMNS, its.map(row)) : h("p", null, "Nobody has subscribed."),
+      its.length
+        ? table("Times are UTC.", COLUMNS, its.map(row))
+        : h("p", null, "Nobody has subscribed."),
     ],
   };
 }
@@ -25,8 +37,8 @@ function row(each) {
   return {
     key: each.id,
     cells: [
-      h("strong", null, each.subscriber),
-      [each.queueName, h("br"), each.messageType],
+      h("strong", null, breakable(each.subscriber)),
+      [breakable(each.queueName), h("br"), breakable(each.messageType)],
       consumer(each),
       number(each.waiting),
       age(each.oldestWaitingSeconds),
@@ -40,19 +52,34 @@ function row(each) {
 
 function consumer(each) {
   const seen = each.consumer === "silent" && [" last seen ", time(each.lastSeenAt) ?? "never"];
-  const paused = each.pausedAt && h("div", null, status("paused"), " by ", each.pausedBy ?? "somebody", " since ", time(each.pausedAt));
+  const paused =
+    each.pausedAt &&
+    h(
+      "div",
+      null,
+      status("paused"),
+      " by ",
+      breakable(each.pausedBy ?? "somebody"),
+      " since ",
+      time(each.pausedAt),
+    );
   return [status(each.consumer), seen, paused];
 }
 
 function pause(each) {
   const its = path`/queue/subscriptions/${each.id}`;
   const isPaused = each.pausedAt !== null;
-  const [label, word, told] = isPaused ? ["Resume", "resume", "goes on"] : ["Pause", "pause", "is paused"];
+  const [label, word, told] = isPaused
+    ? ["Resume", "resume", "goes on"]
+    : ["Pause", "pause", "is paused"];
   const act = async () => {
     await post(`${its}/${word}`);
     return `${each.subscriber} ${told}.`;
   };
-  return button(label, act, { name: `${label} ${each.subscriber}, ${each.messageType}`, key: "pause" });
+  return button(label, act, {
+    name: `${label} ${each.subscriber}, ${each.messageType}`,
+    key: "pause",
+  });
 }
 
 function retire(each) {
@@ -65,5 +92,9 @@ function retire(each) {
     text: "For a handler that was renamed or removed: it gets no events any more, and what waits for it is discarded.",
     yes: "Retire",
   };
-  return button("Retire", act, { name: `Retire ${each.subscriber}, ${each.messageType}`, kind: "danger", ask });
+  return button("Retire", act, {
+    name: `Retire ${each.subscriber}, ${each.messageType}`,
+    kind: "danger",
+    ask,
+  });
 }
