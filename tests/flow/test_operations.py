@@ -493,6 +493,56 @@ class TestSubscriptions:
         assert problem["type"] == "/problems/queue-not-found"
 
 
+class TestOverview:
+    def overview(self, site, queue=QUEUE):
+        its = site.get("/queue/stats")["queues"]
+        return next((each for each in its if each["queueName"] == queue), None)
+
+    def test_says_what_each_queue_has_to_do(self, site):
+        before = self.overview(site)
+        assert before["subscriptions"] == 3
+        dead = site.failed(say="overview")
+        later = site.publish({"n": 1}, scheduledAt=in_seconds(3600))
+        site.pause(FIRST)
+        held = site.publish({"n": 2})
+        site.flow.effects.wait_for(1, handler="second", id=held)
+
+        def grown(name):
+            return self.overview(site)[name] - before[name]
+
+        # what the worker of the other handler has in hand, it soon has not
+        wait_until(lambda: grown("active") == 0, 20, "no work in hand")
+        assert [grown(name) for name in ("dead", "scheduled", "waiting")] == [1, 2, 1]
+        shown = self.overview(site)
+        assert (shown["paused"], shown["silent"]) == (1, 0)
+        assert shown["oldestWaitingSeconds"] >= 0
+
+        site.pause(FIRST, "resume")
+        site.wait_for(held, "completed")
+        site.post(f"/queue/messages/{dead}/discard")
+        site.post(f"/queue/messages/{later}/cancel")
+        assert [grown(name) for name in ("dead", "scheduled", "waiting", "paused")] == [0, 0, 0, 0]
+
+    def test_counts_the_last_minute_by_status(self, site):
+        queue = site.word()
+        assert self.overview(site, queue) is None
+        body = {"queueName": queue, "messageType": "nobody.asked", "payload": {}}
+        for _ in range(3):
+            site.post("/queue/publish", 202, json=body)
+
+        # until the second in which they were stored is over
+        wait_until(
+            lambda: sum(self.overview(site, queue)["recent"]["completed"]) == 3, 20, "the messages"
+        )
+
+        shown = self.overview(site, queue)
+        assert shown["dispatchedPerSecond"] == 0.05
+        assert {len(counts) for counts in shown["recent"].values()} == {30}
+        assert sum(map(sum, shown["recent"].values())) == 3
+        assert any(shown["recent"]["completed"][-20:])
+        assert (shown["subscriptions"], shown["oldestWaitingSeconds"]) == (0, None)
+
+
 class TestWhy:
     def test_says_who_has_it_and_what_it_is_behind(self, site):
         assert site.pause(FIRST)["paused"]
