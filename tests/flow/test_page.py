@@ -150,7 +150,7 @@ class TestAFailedMail:
 
         # at a glance
         card = visit.region("Queue user-events")
-        expect(card.get_by_role("img", name="Waiting since this page was opened")).to_be_visible()
+        expect(card.get_by_role("img", name="Waiting, since the page was opened")).to_be_visible()
         visit.link("Failures").click()
         expect(visit.heading("Failures")).to_be_focused()
         # the group, and its newest message
