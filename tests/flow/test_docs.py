@@ -369,6 +369,12 @@ class TestDocuments:
         reader.play("docs/operations.md", start="# backup.py")
         assert len(list(reader.folder.glob("backup/*.db"))) == 4
 
+    def test_page(self, reader):
+        reader.play("docs/page.md")
+        assert "ECONNREFUSED" in reader.wait_for_status(reader.env["ID"], "failed")["errorMessage"]
+        page = requests.get(f"http://{reader.addresses[ADMIN]}/", timeout=SECONDS)
+        assert (page.status_code, page.headers["Content-Type"][:9]) == (200, "text/html")
+
     def test_queuectl(self, reader):
         reader.play("docs/operations.md", start="queuectl db upgrade", stop="# backup.py")
         assert reader.run(".venv/bin/queuectl db upgrade").count("up to date") == 4
