@@ -260,7 +260,12 @@ class Audit:
         self._database.close()
 
     def _compare(self, entries: list[Entry]) -> Findings:
-        asker = self._asker()
+        known = {each.id: each for each in self._read(subscriptions.active)}
+        # whose subscription was retired since they were read are nobody's any more
+        entries = [each for each in entries if each.subscription_id in known]
+        if not entries:
+            return Findings()
+        asker = self._asker(known)
         first = asker.ask(entries)
         if not first(entries).suspects:
             return Findings(held=asker.held)
@@ -294,11 +299,10 @@ class Audit:
             if each not in still:
                 self._provider.resume(each)  # somebody took it back just now
 
-    def _asker(self) -> Joined | Listing | Counting:
+    def _asker(self, known: Mapping[int, Subscription]) -> Joined | Listing | Counting:
         if self._is_joined:
             return Joined()
         self._provider.initialize()
-        known = {each.id: each for each in self._read(subscriptions.active)}
         if self._provider.capabilities.lists:
             return Listing(self._provider, known)
         return Counting(self._provider, known, partial(self._read, utc_now))

@@ -220,6 +220,7 @@ def test_a_pause_that_redis_lost_holds_again_after_a_repair(redis_flow, redis_se
     pauses.call("pause")
     assert audit(flow)[0] == 0
     ids = [pauses.send(1)]
+    wait_until(pauses.lasts, 20, lambda: str(audit(flow)))
 
     redis_server.empty()
 

@@ -171,6 +171,45 @@ class TestOnEmbedded:
         assert store.message(envelope.id).status == COMPLETED
 
 
+class TestOfWhatABrokerLists:
+    def test_leaves_who_is_retired_just_now(
+        self, store: Log, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Given a subscription that goes after its deliveries were read."""
+        mine = store.subscribe()
+        [made] = append(store, event())
+        store.do(backlog.published, [made])
+        monkeypatch.setattr("shared.events.audit.make_provider", lambda _: Lister())
+        audited = Audit(load_settings(store.config))
+        read = audited._elsewhere
+
+        def read_and_retire() -> list[Entry]:
+            found = read()
+            store.do(subscriptions.retire, [mine.id])
+            return found
+
+        monkeypatch.setattr(audited, "_elsewhere", read_and_retire)
+        try:
+            assert audited.look().are_none
+        finally:
+            audited.close()
+
+
+class Lister:
+    """Has nothing, and says so."""
+
+    capabilities = Capabilities(lists=True)
+
+    def initialize(self) -> None:
+        pass
+
+    def holds(self, _queue: str, _seqs: Sequence[int]) -> set[int]:
+        return set()
+
+    def close(self) -> None:
+        pass
+
+
 class Broker:
     """Counts what it has."""
 
