@@ -252,6 +252,21 @@ class TestMessages:
         assert other != wanted
         visit.forgive("422")
 
+    def test_that_fit_are_retried_together(self, site, visit):
+        ids = [site.failed(f"fit-{n}@fitting.example.com") for n in range(2)]
+        other = site.failed("fit@elsewhere.example.com")
+        site.mail.start()
+        visit.open("messages?status=failed&text=fitting.example.com")
+        expect(visit.page.get_by_role("row")).to_have_count(3)
+
+        visit.button("Retry all dead letters that fit").click()
+        visit.button("Retry all").click()
+
+        expect(visit.result()).to_have_text("2 dead letters retried.")
+        for message_id in ids:
+            site.wait_for(message_id, "completed")
+        assert site.status(other) == "failed"
+
     def test_are_put_off_run_and_cancelled(self, site, visit):
         message_id = site.failed("later@example.com")
         subscription = site.subscription(MAILER)

@@ -5,7 +5,10 @@ import { h } from "./dom.js";
 const said = document.getElementById("said");
 const dialog = document.getElementById("dialog");
 
+const SAID_MS = 30_000;
+
 let refresh = () => {};
+let forgetting = 0;
 
 /** Have `function` called after each action. */
 export function afterActions(function_) {
@@ -14,6 +17,9 @@ export function afterActions(function_) {
 
 /** Tell the person, also one who does not see it, what became of what they did. */
 export function say(text, isError = false) {
+  clearTimeout(forgetting);
+  // what went well is soon old; what did not stays until something else is done
+  if (!isError) forgetting = setTimeout(() => (said.textContent = ""), SAID_MS);
   said.className = isError ? "error" : "";
   said.textContent = text;
 }
