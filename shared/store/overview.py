@@ -8,7 +8,7 @@ queue, status and time.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -27,6 +27,8 @@ RECENT_SECONDS = 60
 SLICE_SECONDS = 2
 """How long each of the times is by which the last minute is counted."""
 
+SLICES = RECENT_SECONDS // SLICE_SECONDS
+
 _SUMMED = ("waiting", "scheduled", "active", "dead")
 
 
@@ -36,19 +38,13 @@ def overview(connection: Connection, now: datetime) -> dict[str, Any]:
     for each in list_subscriptions(connection, now):
         by_queue[each["queueName"]].append(each)
     names = sorted({*by_queue, *queues_with_messages(connection)})
-    # messages are stored by the second: this one is not over
-    end = now.replace(microsecond=0)
+    recent = _recent(connection, names, now)
     return {
         "at": iso(now),
         "recentSeconds": RECENT_SECONDS,
         "sliceSeconds": SLICE_SECONDS,
         "queues": [
-            {
-                "queueName": name,
-                **_open(by_queue[name]),
-                **_recent(connection, name, end),
-            }
-            for name in names
+            {"queueName": name, **_open(by_queue[name]), **_shown(recent[name])} for name in names
         ],
     }
 
@@ -69,27 +65,31 @@ def _is_silent(its: Mapping[str, Any]) -> bool:
     return its["consumer"] == "silent" and its["waiting"] > 0 and its["pausedAt"] is None
 
 
-def _recent(connection: Connection, queue: str, end: datetime) -> dict[str, Any]:
+def _recent(
+    connection: Connection, queues: Sequence[str], now: datetime
+) -> dict[str, dict[str, list[int]]]:
+    """Return what was dispatched into each queue: by status, in slices, the oldest first."""
+    # messages are stored by the second: this one is not over
+    end = now.replace(microsecond=0)
     begin = end - timedelta(seconds=RECENT_SECONDS)
     rows = connection.execute(
-        select(m.status, m.created_at, func.count())
+        select(m.queue_name, m.status, m.created_at, func.count())
         .where(
-            m.queue_name == queue,
+            m.queue_name.in_(queues),
             # named, they let the index be gone into for each of them
             m.status.in_(list(MessageStatus)),
             m.created_at >= begin,
             m.created_at < end,
         )
-        .group_by(m.status, m.created_at)
+        .group_by(m.queue_name, m.status, m.created_at)
     )
-    counts = _sliced(((status, (at - begin).total_seconds(), count) for status, at, count in rows))
+    counts = {queue: {status.value: [0] * SLICES for status in MessageStatus} for queue in queues}
+    for queue, status, at, count in rows:
+        place = int((at - begin).total_seconds() // SLICE_SECONDS)
+        counts[queue][MessageStatus(status).value][place] += count
+    return counts
+
+
+def _shown(counts: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     dispatched = sum(map(sum, counts.values()))
     return {"dispatchedPerSecond": round(dispatched / RECENT_SECONDS, 3), "recent": counts}
-
-
-def _sliced(rows: Iterable[tuple[str, float, int]]) -> dict[str, list[int]]:
-    """Return the counts of each status, by slices of the last minute, the oldest first."""
-    counts = {status.value: [0] * (RECENT_SECONDS // SLICE_SECONDS) for status in MessageStatus}
-    for status, seconds, count in rows:
-        counts[MessageStatus(status).value][int(seconds // SLICE_SECONDS)] += count
-    return counts
