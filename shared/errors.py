@@ -10,7 +10,9 @@
     ├── DedupeConflictError        a key came again, with something else
     ├── MessageNotFoundError       no such message in the log
     ├── NothingToChangeError       what was to be changed is not in a state for it
-    │   └── NothingToRetryError    a message has no failed delivery
+    │   ├── NothingToRetryError    a message has no failed delivery
+    │   └── RampRunningError       a group that is to be ramped up is already
+    ├── RampNotFoundError          no such ramp
     ├── SubscriptionNotFoundError  no such subscription, or it is retired
     ├── SubscriptionLiveError      a subscription that is to be retired has a live consumer
     ├── StoreUnavailableError      the log's database does not answer
@@ -108,6 +110,14 @@ class SubscriptionLiveError(QueueError):
 
 class NothingToRetryError(NothingToChangeError):
     """Raised when a message that is to be retried has no failed delivery."""
+
+
+class RampRunningError(NothingToChangeError):
+    """Raised when a failure group that is to be ramped up has a ramp that runs."""
+
+
+class RampNotFoundError(QueueError):
+    """Raised when there is no ramp of that id."""
 
 
 class StoreUnavailableError(QueueError):

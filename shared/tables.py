@@ -250,6 +250,42 @@ failures = Table(
 )
 """The dead letters that there are, each with the group that it belongs to."""
 
+ramps = Table(
+    "queue_ramps",
+    metadata,
+    Column("id", big_key(), primary_key=True, autoincrement=True),
+    Column("fingerprint", String(16), nullable=False),
+    Column("status", String(20), nullable=False),
+    # The fingerprint while it runs: so no two ramps of one group do.
+    Column("running", String(16), nullable=True),
+    Column("started_by", String(255), nullable=False),
+    # Dead letters a second.
+    Column("rate", Integer, nullable=False),
+    # How many the group had when it began.
+    Column("total", Integer, nullable=False),
+    # How many dead letters its step has, and how many of them are retried so far.
+    Column("step", Integer, nullable=False),
+    Column("released", Integer, nullable=False),
+    # When it is to be looked after next, by whoever comes first.
+    Column("next_at", millis(), nullable=False),
+    Column("started_at", millis(), nullable=False),
+    Column("ended_at", millis(), nullable=True),
+    Column("reason", Text, nullable=True),
+    UniqueConstraint("running", name="uq_queue_ramps_running"),
+    **TEXT,
+)
+"""Groups of dead letters that are retried step by step, and were."""
+
+ramp_deliveries = Table(
+    "queue_ramp_deliveries",
+    metadata,
+    Column("ramp_id", big_key(), primary_key=True, autoincrement=False),
+    Column("step", Integer, primary_key=True, autoincrement=False),
+    Column("delivery_seq", big_key(), primary_key=True, autoincrement=False),
+    **TEXT,
+)
+"""What each step of a ramp retried."""
+
 causes = Table(
     "queue_causes",
     metadata,
@@ -271,7 +307,7 @@ audit_log = Table(
     Column("detail", JsonText(), nullable=True),
     **TEXT,
 )
-"""Who did what through queue_admin."""
+"""Who did what through queue_admin or queuectl."""
 
 rpc_services = Table(
     "queue_rpc_services",

@@ -1,0 +1,122 @@
+"""Ramps of failure groups: from a service or from the command line, and who carries them on."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import eventlet
+from nameko.extensions import DependencyProvider
+from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
+
+from shared.database import Transaction, utc_now
+from shared.errors import QueueError
+from shared.events.client import QueueClient
+from shared.events.operations import LogClient, LogReader
+from shared.events.repairs import Reader
+from shared.store import ramps
+from shared.types import Delivery
+
+_log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""How often it is looked whether somebody began a ramp, here or elsewhere."""
+
+AGAIN_SECONDS = 5.0
+"""How long it is waited after something failed that nobody expected."""
+
+
+class Ramps:
+    """Begins, shows and ends ramps.
+
+    ``actor`` says who does it, for the audit log.
+    """
+
+    client: LogClient
+    reader: Reader
+
+    def begin(self, actor: str, group: str, rate: int) -> dict[str, Any]:
+        """Begin to retry the dead letters of a group in steps; return the ramp.
+
+        :param rate: dead letters a second, at most.
+        :raises NothingToRetryError: when there is no such group.
+        :raises RampRunningError: when the group has a ramp that runs.
+        """
+
+        def step(tx: Transaction) -> tuple[int, list[Delivery]]:
+            return ramps.start(tx, group, actor, rate), []
+
+        return self.ramp(int(self.client.call(step)))
+
+    def ramps(self) -> list[dict[str, Any]]:
+        """Return the ramps, the newest first."""
+        return self.reader.read(ramps.list_ramps)
+
+    def ramp(self, ramp_id: int) -> dict[str, Any]:
+        """Return how far a ramp is.
+
+        :raises RampNotFoundError: when there is none of that id.
+        """
+        return self.reader.read(ramps.ramp, ramp_id)
+
+    def cancel(self, actor: str, ramp_id: int) -> dict[str, Any]:
+        """End a ramp, and return it; what it retried goes on.
+
+        :raises RampNotFoundError: when there is none of that id.
+        :raises NothingToChangeError: when it has ended.
+        """
+
+        def step(tx: Transaction) -> tuple[None, list[Delivery]]:
+            ramps.cancel(tx, ramp_id, actor)
+            return None, []
+
+        self.client.call(step)
+        return self.ramp(ramp_id)
+
+    def carry_on(self) -> float:
+        """Do what is due for all ramps that run; return in how many seconds to come again."""
+        ids, soonest = self.reader.read(_due)
+        for ramp_id in ids:
+            self.client.call(partial(_advance, ramp_id=ramp_id))
+        # each of them may have more to do by now
+        return 0.0 if ids else min(LOOK_SECONDS, LOOK_SECONDS if soonest is None else soonest)
+
+
+class RampTimer(DependencyProvider, Ramps):
+    """Injects :class:`Ramps`, and carries them on. Of several processes any one does so."""
+
+    client = QueueClient()
+    reader = LogReader()
+
+    def start(self) -> None:
+        self._thread = self.container.spawn_managed_thread(self._run, identifier="ramps")
+
+    def stop(self) -> None:
+        self._thread.kill()
+
+    def get_dependency(self, _worker_ctx: Any) -> RampTimer:
+        return self
+
+    def _run(self) -> None:
+        while True:
+            eventlet.sleep(self._once())
+
+    def _once(self) -> float:
+        try:
+            return self.carry_on()
+        except QueueError:
+            # who keeps the log says that it does not answer
+            return LOOK_SECONDS
+        except SQLAlchemyError as exc:
+            _log.warning("ramps put off: %s", exc)
+            return AGAIN_SECONDS
+
+
+def _due(connection: Connection) -> tuple[list[int], float | None]:
+    return ramps.due(connection, utc_now(connection))
+
+
+def _advance(tx: Transaction, ramp_id: int) -> tuple[None, list[Delivery]]:
+    return None, ramps.advance(tx, ramp_id)
