@@ -7,6 +7,7 @@ from typing import Any
 from marshmallow import Schema, fields, validate
 
 from shared.lifecycle import DeliveryStatus, MessageStatus
+from shared.store.ramps import RampStatus
 from shared.types import Priority
 
 
@@ -254,6 +255,28 @@ class GroupRetried(Schema):
 class GroupDiscarded(Schema):
     discarded = _count()
     remaining = _count()
+
+
+class Ramp(Schema):
+    id = fields.Int(required=True)
+    fingerprint = _text()
+    status = _status(RampStatus)
+    startedBy = _text()
+    rate = _count(metadata={"description": "Dead letters a second, at most."})
+    total = _count(metadata={"description": "Dead letters that the group had at first."})
+    step = _count(metadata={"description": "How many dead letters the step has."})
+    retried = _count()
+    completed = _count()
+    failed = _count(metadata={"description": "Of those retried, dead letters again."})
+    waiting = _count(metadata={"description": "Of those retried, under way."})
+    remaining = _count(metadata={"description": "Dead letters that the group has now."})
+    startedAt = _text()
+    endedAt = _maybe()
+    sentence = _text()
+
+
+class RampList(Schema):
+    ramps = fields.List(fields.Nested(Ramp), required=True)
 
 
 class SubscriptionShown(Schema):

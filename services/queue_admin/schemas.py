@@ -10,6 +10,7 @@ from marshmallow import Schema, ValidationError, fields, post_load, validate, va
 
 from shared.lifecycle import MessageStatus
 from shared.store.listing import ANY, MOST_LISTED, PAYLOAD_PATH, Filters, scalar
+from shared.store.ramps import HIGHEST_RATE, USUAL_RATE
 from shared.types import MAX_RETRIES_LIMIT, NAME, Priority
 
 MOST_RETRIED = 10_000
@@ -126,6 +127,12 @@ class BatchSchema(Schema):
     """The query of what changes a failure group."""
 
     limit = fields.Int(load_default=1000, validate=validate.Range(1, MOST_RETRIED))
+
+
+class RampSchema(Schema):
+    """The query of ``POST /queue/failures/<fingerprint>/ramp``."""
+
+    rate = fields.Int(load_default=USUAL_RATE, validate=validate.Range(1, HIGHEST_RATE))
 
 
 class ResendSchema(Schema):

@@ -11,13 +11,14 @@ from services.queue_admin.failures import FailureCalls
 from services.queue_admin.messages import MessageCalls
 from services.queue_admin.openapi import page_of, specification
 from services.queue_admin.pages import PageCalls
+from services.queue_admin.ramps import RampCalls
 from services.queue_admin.routes import http, unguarded
 from services.queue_admin.subscriptions import SubscriptionCalls
 from shared.events.operations import AuditTimer
 from shared.observe.metrics import exposed, log_registry
 
 
-class QueueAdminService(MessageCalls, FailureCalls, SubscriptionCalls, PageCalls):
+class QueueAdminService(MessageCalls, FailureCalls, RampCalls, SubscriptionCalls, PageCalls):
     """Shows what there is, says why, repairs it, and says how the queue is."""
 
     name = "queue_admin"

@@ -13,6 +13,7 @@ from shared.cli.audit import audit
 from shared.cli.config import config
 from shared.cli.failures import Failure, WrongArgument
 from shared.cli.rabbitmq import rabbitmq
+from shared.cli.ramps import ramp
 from shared.cli.transfer import export_messages, import_messages
 from shared.database import database_url, make_engine, make_reader, seconds_between, utc_now
 from shared.errors import SettingsError
@@ -59,6 +60,7 @@ for _command in (
     looking.watch,
     looking.why,
     rabbitmq,
+    ramp,
 ):
     main.add_command(_command)
 

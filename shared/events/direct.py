@@ -22,6 +22,7 @@ from shared.errors import (
     StoreUnavailableError,
 )
 from shared.events.client import first_id
+from shared.events.ramps import Ramps
 from shared.events.repairs import Operations
 from shared.native import sleep
 from shared.providers import QueueProvider, make_provider
@@ -241,3 +242,11 @@ class DirectOperations(Operations):
     def __init__(self, settings: Settings) -> None:
         self.client: DirectClient = DirectClient(settings)
         self.reader = self.client
+
+
+class DirectRamps(Ramps):
+    """:class:`Ramps` for one command: a service carries them on."""
+
+    def __init__(self, client: DirectClient) -> None:
+        self.client = client
+        self.reader = client

@@ -22,6 +22,8 @@ from shared.errors import (
     PayloadError,
     ProviderUnavailableError,
     QueueError,
+    RampNotFoundError,
+    RampRunningError,
     RpcTimeoutError,
     StoreUnavailableError,
     SubscriptionLiveError,
@@ -90,7 +92,7 @@ def problem_of(error: BaseException) -> Problem:
                 "The Idempotency-Key is used already",
                 detail="A request with this Idempotency-Key came before, with another body",
             )
-        case MessageNotFoundError() | SubscriptionNotFoundError():
+        case MessageNotFoundError() | SubscriptionNotFoundError() | RampNotFoundError():
             return _missing(error)
         case NothingToChangeError() | SubscriptionLiveError():
             return _conflict(error)
@@ -104,6 +106,8 @@ def problem_of(error: BaseException) -> Problem:
 def _missing(error: QueueError) -> Problem:
     if isinstance(error, SubscriptionNotFoundError):
         return Problem(404, "subscription-not-found", "No such subscription", detail=str(error))
+    if isinstance(error, RampNotFoundError):
+        return Problem(404, "ramp-not-found", "No such ramp", detail=str(error))
     return Problem(404, "message-not-found", "No such message", detail=str(error))
 
 
@@ -111,6 +115,8 @@ def _conflict(error: QueueError) -> Problem:
     match error:
         case NothingToRetryError():
             return Problem(409, "nothing-to-retry", "Nothing to retry", detail=str(error))
+        case RampRunningError():
+            return Problem(409, "ramp-running", "The group has a ramp", detail=str(error))
         case SubscriptionLiveError():
             return Problem(409, "subscription-live", "It has a live consumer", detail=str(error))
     return Problem(409, "nothing-to-change", "Nothing to change", detail=str(error))
@@ -124,6 +130,7 @@ ANSWERS = (
     NothingToChangeError,
     SubscriptionNotFoundError,
     SubscriptionLiveError,
+    RampNotFoundError,
     ProviderUnavailableError,
     DispatchError,
     StoreUnavailableError,
