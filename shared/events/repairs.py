@@ -320,11 +320,13 @@ class Operations(Publisher):
                 trail.note(tx, Deed(actor, action, target, {"deliveries": count}))
             return count, new
 
-        done = 0
+        size, done = self.group_size(group), 0
+        if not size:
+            raise NothingToRetryError(f"no dead letter is in the group {group}")
+        # what fails again meanwhile is back in the group, and is left there
+        limit = min(limit, size)
         while done < limit and (count := int(self.client.call(noted))):
             done += count
-        if not done and not self.group_size(group):
-            raise NothingToRetryError(f"no dead letter is in the group {group}")
         return done
 
     # --- subscriptions
