@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from time import sleep
 from typing import Any
 
@@ -90,9 +91,8 @@ def _watch(
 
     console = make_console()
     is_live = console.is_terminal and not is_json
-    with (
-        Live(console=console, auto_refresh=False, transient=False) if is_live else _NO_LIVE as live
-    ):
+    live: Any = Live(console=console, auto_refresh=False) if is_live else nullcontext()
+    with live:
         looks = 0
         while True:
             found = _stats(opened, queue)
@@ -107,19 +107,6 @@ def _watch(
             if looks == count:
                 return
             sleep(interval)
-
-
-class _NoLive:
-    """Stands for the live display where there is no terminal."""
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-_NO_LIVE: Any = _NoLive()
 
 
 @click.command()

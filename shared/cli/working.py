@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import click
@@ -145,5 +145,10 @@ def are_none(filters: Filters) -> bool:
 
 def limit_option(most: int, default: int | None = None) -> Callable[..., Any]:
     """Give a command the option ``--limit``."""
-    made: partial[Any] = partial(click.option, "--limit", type=click.IntRange(1, most))
-    return made(default=default, show_default=default is not None, help="At most so many.")
+    return click.option(
+        "--limit",
+        type=click.IntRange(1, most),
+        default=default,
+        show_default=default is not None,
+        help="At most so many.",
+    )
