@@ -417,7 +417,9 @@ class ApartPump(Pump):
         self._mailbox.answer(self._on_leases, leases)
 
     def _record(self, tx: Transaction, turn: Turn) -> None:
-        turn.stored, turn.refused = attempts.finish(tx, turn.outcomes, self._worker, self._held_for)
+        turn.stored, turn.refused, turn.superseded = attempts.finish(
+            tx, turn.outcomes, self._worker, self._held_for
+        )
 
     @property
     def _held_for(self) -> float:
@@ -514,9 +516,16 @@ class ApartPump(Pump):
             self._sweep_at = monotonic() + min(max(turn.recover_in, AGAIN_SECONDS), longest)
 
     def _settle(self, turn: ApartTurn) -> None:
-        """Tell the provider how attempts ended; a refused one comes again, for the log to say."""
+        """Tell the provider how attempts ended; a refused one comes again, for the log to say.
+
+        Not where the provider has another copy: whoever lost this one would take that over from
+        its living worker, which then did the same, and so on until it is a dead letter.
+        """
         settlements = [x.settlement() for x in turn.stored if not self._is_detached(x)]
-        settlements += [Settlement(x.lease, SettleAction.RELEASE) for x in turn.refused]
+        for x in turn.refused:
+            is_superseded = x.lease.key in turn.superseded
+            action = SettleAction.ACKNOWLEDGE if is_superseded else SettleAction.RELEASE
+            settlements.append(Settlement(x.lease, action))
         settlements += turn.started.settled
         if settlements:
             self._tell(Settle(settlements))

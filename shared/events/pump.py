@@ -71,6 +71,8 @@ class Turn:
     new: list[Delivery] = field(default_factory=list)
     stored: list[Outcome] = field(default_factory=list)
     refused: list[Outcome] = field(default_factory=list)
+    superseded: set[Any] = field(default_factory=set)
+    """The keys of those leases among the refused whose deliveries the log keeps for others."""
     touched: set[str] = field(default_factory=set)
     firsts: dict[str, First] = field(default_factory=dict)
     """By message id: what was dispatched with its key before."""

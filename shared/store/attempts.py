@@ -72,6 +72,7 @@ _STATE_COLUMNS = (
     c.started_at,
     c.worker,
     c.available_at,
+    c.ready,
     c.lease_expires_at,
 )
 _STATES = Prepared(select(*_STATE_COLUMNS).where(c.seq.in_(_SEQS)))
@@ -311,22 +312,27 @@ def begin(tx: Transaction, leases: Sequence[Lease], worker: str, held_for: float
 
 def finish(
     tx: Transaction, outcomes: Sequence[Outcome], worker: str, held_for: float
-) -> tuple[list[Outcome], list[Outcome]]:
+) -> tuple[list[Outcome], list[Outcome], set[Any]]:
     """Store how attempts ended, begun in the log or not; return those stored, and those refused.
 
-    As :func:`record` does, and what the messages say of it, too.
+    As :func:`record` does, and what the messages say of it, too. The third is the keys of those
+    leases among the refused whose deliveries are superseded: the provider has another copy, or is
+    to be given one, so that this one may go.
     """
     ids = {outcome.lease.delivery.message.id for outcome in outcomes}
     lock(tx, ids)
     rows = {row.seq: row for row in _ALL_STATES.fetch(tx, {"ids": list(ids)})}
     stored: list[Outcome] = []
     refused: list[Outcome] = []
+    superseded = set()
     for outcome in outcomes:
         state = rows.get(outcome.lease.delivery.seq)
         is_ours = state is not None and (
             _is_held(state, outcome.lease) or _is_unbegun(state, outcome.lease)
         )
         (stored if is_ours else refused).append(outcome)
+        if not is_ours and state is not None and _is_kept(state):
+            superseded.add(outcome.lease.key)
     done = [x for x in stored if x.status == DeliveryStatus.COMPLETED]
     others = [x for x in stored if x.status != DeliveryStatus.COMPLETED]
     _complete_apart(tx, done, rows, worker)
@@ -341,7 +347,12 @@ def finish(
         for row in rows.values():
             by_message[row.message_id].append(row)
         summarise(tx, by_message)
-    return stored, refused
+    return stored, refused, superseded
+
+
+def _is_kept(state: Any) -> bool:
+    """Whether the log keeps it: to be published, or under the lease of another worker."""
+    return state.ready or state.lease_expires_at is not None
 
 
 def _is_unbegun(state: Any, lease: Lease) -> bool:

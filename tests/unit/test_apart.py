@@ -12,14 +12,15 @@ import pytest
 
 from shared.errors import StoreUnavailableError
 from shared.events.apart import ApartPump
-from shared.events.commands import Published, Reserved
+from shared.events.commands import Published, Reserved, Settle
 from shared.native import Mailbox
 from shared.providers import Capabilities
 from shared.settings import load_settings
 from shared.store import attempts, backlog, log
 from shared.store.log import Handover
-from shared.types import Lease, Outcome
+from shared.types import Lease, Outcome, SettleAction
 from tests.unit.message_log import COMPLETED, Log, event
+from tests.unit.test_backlog import expire
 
 HANDED = Handover(backlog.PUBLISH_SECONDS)
 
@@ -93,6 +94,56 @@ class TestOutcomes:
         pump._do_together_or_singly(turn)
 
         assert statuses(store, outcomes) == ["completed", "completed"]
+
+
+class TestWhatWasLost:
+    """Given a lease in the log that ran out, while its worker was frozen and its broker waited."""
+
+    @pytest.fixture
+    def pump(self, store: Log) -> Iterator[ApartPump]:
+        provider = Mock(capabilities=Capabilities(leases_expire=False), longest_lease=1800.0)
+        made = ApartPump(load_settings(store.config), provider, Mailbox(), Mock(), Mock(), Mock())
+        made._connect()
+        made._tell = Mock()  # type: ignore[method-assign]
+        yield made
+        made._database.close()
+        made._mailbox.close()
+
+    @staticmethod
+    def end(pump: ApartPump, outcome: Outcome) -> list[SettleAction]:
+        """Have an attempt end; return what becomes of its copy."""
+        send(pump, outcome)
+        pump._turn()
+        pump._store_at = 0.0
+        pump._turn()
+        told = [call.args[0] for call in pump._tell.call_args_list]  # type: ignore[attr-defined]
+        return [x.action for each in told if isinstance(each, Settle) for x in each.settlements]
+
+    def test_is_dropped_where_another_worker_has_a_copy(self, store: Log, pump: ApartPump) -> None:
+        store.subscribe()
+        [first, _] = completed(store)
+        copy = replace(first.lease, token=0, handle="copy")
+        store.do(attempts.start, [copy], "another", held_for=30.0)
+
+        assert self.end(pump, first) == [SettleAction.ACKNOWLEDGE]
+        assert store.delivery(first.lease.delivery.seq).worker == "another"
+
+    def test_is_dropped_where_a_copy_is_to_be_published(self, store: Log, pump: ApartPump) -> None:
+        store.subscribe()
+        [first, _] = completed(store)
+        store.do(attempts.begin, [first.lease], "frozen", 30.0)
+        expire(store, first.lease.delivery.seq)
+        store.do(backlog.recover)
+
+        assert self.end(pump, first) == [SettleAction.ACKNOWLEDGE]
+
+    def test_comes_again_where_the_log_does_not_have_it(self, store: Log, pump: ApartPump) -> None:
+        store.subscribe()
+        [first, _] = completed(store)
+        copy = replace(first.lease, token=0, handle="copy")
+        store.do(attempts.start, [copy], "another", held_for=0.0)
+
+        assert self.end(pump, first) == [SettleAction.RELEASE]
 
 
 class TestWhatComesAgain:
