@@ -33,7 +33,8 @@ class Time(fields.AwareDateTime):
     """A time with its zone, from 1971 to 2037: where MySQL's TIMESTAMP ends."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(format="iso", **kwargs)
+        meaning = {"description": "With its zone, from 1971 to 2037."}
+        super().__init__(format="iso", metadata=meaning, **kwargs)
 
     def _deserialize(self, *args: Any, **kwargs: Any) -> datetime:
         given = super()._deserialize(*args, **kwargs)
@@ -54,7 +55,7 @@ class PublishSchema(Schema):
     payload = fields.Raw(required=True, allow_none=True)
     priority = fields.Str(validate=validate.OneOf(list(Priority)))
     metadata = fields.Dict(keys=fields.Str())
-    scheduled_at = fields.AwareDateTime(data_key="scheduledAt", format="iso")
+    scheduled_at = Time(data_key="scheduledAt")
     max_retries = fields.Int(
         strict=True, data_key="maxRetries", validate=validate.Range(0, MAX_RETRIES_LIMIT)
     )

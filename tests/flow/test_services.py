@@ -217,6 +217,7 @@ BAD_PUBLISHES = {
     "retries": (json.dumps(publish(maxRetries=101)).encode(), 422),
     "schedule": (json.dumps(publish(scheduledAt="tomorrow")).encode(), 422),
     "no time zone": (json.dumps(publish(scheduledAt="2030-01-01T00:00:00")).encode(), 422),
+    "too late": (json.dumps(publish(scheduledAt="2038-01-01T00:00:00Z")).encode(), 422),
     "line break": (
         json.dumps(
             publish(payload={**SEED_BODY["payload"], "email": "a@b.c\nBcc: d@e.f"})
@@ -237,6 +238,9 @@ def test_bad_input_is_a_problem_and_nothing_is_stored(running):
         assert answer.headers["Content-Type"] == "application/problem+json", name
         assert answer.json()["status"] == status, name
         assert answer.json()["type"].startswith("/problems/"), name
+        if status == 422:
+            named = {each.partition(".")[0] for each in answer.json()["errors"]}
+            assert named <= {*SEED_BODY, "scheduledAt", "maxRetries", "colour"}, (name, named)
     for method, path, status in (("GET", "/nowhere", 404), ("PUT", "/queue/publish", 405)):
         answer = running.call(method, "queue_admin", path)
         assert answer.status_code == status
