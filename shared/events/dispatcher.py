@@ -13,6 +13,7 @@ from typing import Any
 from nameko.constants import AMQP_SSL_CONFIG_KEY, LOGIN_METHOD_CONFIG_KEY
 from nameko.events import EventDispatcher as NamekoEventDispatcher
 from nameko.events import get_event_exchange
+from sqlalchemy.orm import Session, scoped_session
 
 from shared.contracts import DEFAULT_VERSION, contracts
 from shared.errors import LONGEST_DELAY_SECONDS, DispatchError, PayloadError
@@ -163,6 +164,10 @@ class Dispatch:
                 f"{self._source} has no table {outbox_name(self._source)} among those of its "
                 "DatabaseSession: see outbox_table()"
             )
+        if isinstance(session, scoped_session):
+            session = session()
+        if not isinstance(session, Session):
+            raise PayloadError({"session": f"must be a Session of SQLAlchemy, not {session!r:.80}"})
         self._relay.add(session, envelopes)
         return [envelope.id for envelope in envelopes]
 

@@ -9,10 +9,10 @@ import pytest
 from nameko.containers import ServiceContainer
 from nameko.testing.services import dummy, entrypoint_hook
 from sqlalchemy import String, func, inspect, select, text, update
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, scoped_session, sessionmaker
 
 from shared.database import database_url, make_engine
-from shared.errors import DispatchError
+from shared.errors import DispatchError, PayloadError
 from shared.events import EventDispatcher, relay
 from shared.events.client import QueueClient
 from shared.settings import load_settings
@@ -156,6 +156,25 @@ def test_what_is_rolled_back_is_gone_and_a_savepoint_alone_too(shop):
 
     shop.wait_for(2, 4)
     shop.wait_for_nothing_left()
+
+
+def test_what_is_no_session_is_refused_by_name_and_a_scoped_one_is_a_session(shop):
+    def refused(source):
+        for each in ("db", shop.own, object):
+            with pytest.raises(PayloadError, match="session: must be a Session of SQLAlchemy"):
+                source.dispatch("thing.sold", {"n": 1}, session=each)
+
+    shop.do(refused)
+    assert shop.waiting() == []
+
+    def scoped(source):
+        session = scoped_session(sessionmaker(source.db.get_bind()))
+        source.dispatch("thing.sold", {"n": 2}, session=session)
+        session.commit()
+        session.remove()
+
+    shop.do(scoped)
+    wait_until(lambda: shop.numbers() == [2], 10, lambda: str(shop.numbers()))
 
 
 def test_events_leave_in_the_order_of_the_commits(idle_shop, log_settings):
