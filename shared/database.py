@@ -287,12 +287,16 @@ class Database:
         :raises CommitUncertainError: when it went away while committing.
         """
         tx = self._begin(durable, reckons)
+        driver = tx.connection.connection.dbapi_connection
         try:
             yield tx
             self._commit(tx.connection)
         except CommitUncertainError:
             raise
         except BaseException as exc:
+            if isinstance(driver, NativeConnection) and driver.may_be_committed:
+                self.drop_connection()
+                raise CommitUncertainError(str(getattr(exc, "orig", None) or exc)) from exc
             self._roll_back()
             if isinstance(exc, DBAPIError) and exc.connection_invalidated:
                 self.drop_connection()

@@ -2,8 +2,8 @@
 
 Each round trip wakes the server and then this thread again, which for small statements
 takes longer than their work. So statements whose result nobody waits for travel with the
-next one that has a result, or with the COMMIT. And sockets are native: waiting by a hub
-of the thread's own takes twice as long.
+next one that has a result, or with the COMMIT, and the COMMIT with the last of them. And
+sockets are native: waiting by a hub of the thread's own takes twice as long.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class NativeConnection(Connection):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.was_refused = False
+        self._is_committed = False
+        self.may_be_committed = False
+        """Whether a COMMIT went out with the last statement, and was not refused."""
         self._waiting: list[str] = []
         self._waiting_bytes = 0
         flags = options.pop("client_flag", 0) | CLIENT.MULTI_STATEMENTS
@@ -60,6 +63,25 @@ class NativeConnection(Connection):
     def fetch(self, sql: str) -> list[list[Any]]:
         """Execute a statement; return its rows."""
         self._send(sql)
+        return self._read_rows()
+
+    def fetch_and_commit(self, sql: str) -> list[list[Any]]:
+        """Execute a statement, the last of its transaction; return its rows.
+
+        The :meth:`commit` that follows has nothing left to do.
+        """
+        self.was_refused, self.may_be_committed = False, True
+        try:
+            self._send(f"{sql};\nCOMMIT")
+            rows = self._read_rows()
+        except MySQLError:
+            self._refuse()
+            raise
+        self._read_query_result()
+        self._is_committed = True
+        return rows
+
+    def _read_rows(self) -> list[list[Any]]:
         first = self._read_packet()
         if first.is_ok_packet():
             return []
@@ -78,23 +100,33 @@ class NativeConnection(Connection):
         return rows
 
     def commit(self) -> None:
+        if self._is_committed:
+            self._is_committed = self.may_be_committed = False
+            return
         self.was_refused = False
         try:
             self._send("COMMIT")
         except MySQLError:
-            if self.open:  # else nobody knows what became of it
-                self.was_refused = True
-                with contextlib.suppress(MySQLError):
-                    self.rollback()
+            self._refuse()
             raise
         self._read_query_result()
 
+    def _refuse(self) -> None:
+        """Note that a statement before the COMMIT failed; unless nobody knows what became of it."""
+        if self.open:
+            self.was_refused, self.may_be_committed = True, False
+            with contextlib.suppress(MySQLError):
+                self.rollback()
+
     def rollback(self) -> None:
         self._forget()
+        self._is_committed = self.may_be_committed = False
         super().rollback()
 
     def _send(self, sql: str | bytes) -> None:
         """Send what waits, and a statement; read the results but that of the latter."""
+        if self._is_committed:
+            raise RuntimeError("its COMMIT went with the statement before this one")
         waiting = self._waiting
         self._forget()
         if waiting:

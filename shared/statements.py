@@ -48,13 +48,19 @@ class Prepared:
         self._columns = list(columns)
         self._compiled: dict[str, _Compiled] = {}
 
-    def fetch(self, tx: Transaction, values: Mapping[str, Any]) -> list[Any]:
-        """Execute a SELECT; return its rows, as named tuples."""
+    def fetch(
+        self, tx: Transaction, values: Mapping[str, Any], *, is_last: bool = False
+    ) -> list[Any]:
+        """Execute a SELECT, or what returns rows; return these, as named tuples.
+
+        :param is_last: whether nothing else comes in this transaction: its COMMIT may go along.
+        """
         compiled = self._for(tx.connection.dialect)
         rows: list[Any] = []
-        for part in compiled.parts(values):
+        *others, last = compiled.parts(values)
+        for part in others:
             rows += compiled.rows(compiled.fetch(tx.connection, part))
-        return rows
+        return rows + compiled.rows(compiled.fetch(tx.connection, last, is_last))
 
     def change(self, tx: Transaction, values: Mapping[str, Any]) -> None:
         """Execute an INSERT or UPDATE, or a SELECT for its locks, before whatever comes next.
@@ -131,12 +137,14 @@ class _Compiled:
         for start in range(0, len(values[name]), MOST_VALUES):
             yield {**values, name: values[name][start : start + MOST_VALUES]}
 
-    def fetch(self, connection: Connection, values: Mapping[str, Any]) -> Sequence[Any]:
+    def fetch(
+        self, connection: Connection, values: Mapping[str, Any], is_last: bool = False
+    ) -> Sequence[Any]:
         driver = _driver(connection)
         if isinstance(driver, NativeConnection):
             sql = self._written(driver, values)
             with self._translating(sql, connection):
-                return driver.fetch(sql)
+                return driver.fetch_and_commit(sql) if is_last else driver.fetch(sql)
         cursor = self.execute(connection, values)
         rows: Sequence[Any] = cursor.fetchall()
         cursor.close()

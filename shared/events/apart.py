@@ -52,7 +52,7 @@ from shared.events.watch import Watch
 from shared.lifecycle import DeliveryStatus
 from shared.native import Thread
 from shared.providers import QueueProvider
-from shared.store import adoption, attempts, backlog, subscriptions
+from shared.store import adoption, attempts, backlog, log, subscriptions
 from shared.store.log import Handover
 from shared.store.summary import refresh
 from shared.types import Delivery, Lease, Outcome, SettleAction, Settlement, Subscription
@@ -130,6 +130,12 @@ class ApartTurn(Turn):
         given = self.appends or self.outcomes or self.unbegun or self.published
         return bool(given or self.reports or self.has_sweep)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing to be stored but events, for the first time."""
+        others = self.outcomes or self.unbegun or self.published or self.reports or self.has_sweep
+        return not others and not any(append.again for append in self.appends)
+
 
 class ApartPump(Pump):
     """See the module's docstring."""
@@ -169,6 +175,8 @@ class ApartPump(Pump):
         self._alone_at = 0.0
         # messages that no subscription in the log wants: stored here, and not published so far
         self._alone: dict[str, None] = {}
+        # queues and types of events for which there was a subscription
+        self._wanted: set[tuple[str, str]] = set()
         self._handlers: dict[type, Callable[[Any], None]] = {
             Published: self._take_published,
             Unpublished: self._take_unpublished,
@@ -427,6 +435,9 @@ class ApartPump(Pump):
         return self._settings.lease if self._log_keeps_leases else 0.0
 
     def _all_steps(self, turn: ApartTurn, tx: Transaction) -> None:
+        if turn.is_plain:
+            self._store(tx, turn, is_last=self._are_wanted(turn))
+            return
         self._store(tx, turn)
         again = [x.lease.delivery for x in turn.stored if self._is_again(x)]
         if again:
@@ -441,6 +452,13 @@ class ApartPump(Pump):
         if turn.has_sweep:
             self._sweep(tx, turn)
         refresh(tx, turn.touched)
+
+    def _are_wanted(self, turn: ApartTurn) -> bool:
+        """Whether no message will have to be finished for want of a subscription, most likely."""
+        envelopes = [envelope for append in turn.appends for envelope in append.envelopes]
+        return self._provider.capabilities.fans_out or all(
+            (each.queue, each.type) in self._wanted for each in envelopes
+        )
 
     def _is_again(self, outcome: Outcome) -> bool:
         """Whether nobody but the log has it, and it is to be handled again."""
@@ -487,6 +505,11 @@ class ApartPump(Pump):
         for lease in turn.unbegun:
             self._unbegun.pop(lease.delivery.seq, None)
         del self._published[: len(turn.published)]
+        self._wanted |= {(each.message.queue, each.message.type) for each in turn.new}
+        if turn.alone:
+            self._wanted -= {(each.queue, each.type) for each in turn.alone}
+            ids = [each.id for each in turn.alone]
+            self._database.run(lambda tx: log.finish(tx, ids))
 
     def _publish(self, turn: ApartTurn) -> None:
         if turn.new and self._is_direct:

@@ -76,6 +76,8 @@ class Turn:
     touched: set[str] = field(default_factory=set)
     firsts: dict[str, First] = field(default_factory=dict)
     """By message id: what was dispatched with its key before."""
+    alone: list[Envelope] = field(default_factory=list)
+    """What no subscription wants, and is yet to be finished."""
 
     def ids_of(self, append: Append) -> list[str]:
         """Return the ids by which its events are stored."""
@@ -281,16 +283,23 @@ class Pump(ABC):
                 self._do(Turn(outcomes=[dead]))
             del outcomes[0]
 
-    def _store(self, tx: Transaction, turn: Turn) -> None:
+    def _store(self, tx: Transaction, turn: Turn, *, is_last: bool = False) -> None:
+        """Store what is new and what ended; ``is_last`` as in :func:`shared.store.log.append`."""
         turn.new, turn.stored, turn.refused, turn.touched = [], [], [], set()
-        turn.firsts = {}
+        turn.firsts, turn.alone = {}, []
         limit = self._settings.retries.limit
+        handover = self._handover
         for again in (False, True):
             envelopes = [e for a in turn.appends if a.again is again for e in a.envelopes]
             if any(envelope.dedupe for envelope in envelopes):
                 envelopes = self._unknown(tx, turn, envelopes, again)
-            if envelopes:
-                turn.new += log.append(tx, envelopes, limit, again=again, handover=self._handover)
+            if not envelopes:
+                continue
+            new = log.append(tx, envelopes, limit, again=again, handover=handover, is_last=is_last)
+            turn.new += new
+            if is_last:
+                routed = {each.message.id for each in new}
+                turn.alone = [each for each in envelopes if each.id not in routed]
         if turn.outcomes:
             self._record(tx, turn)
 

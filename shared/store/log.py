@@ -124,11 +124,14 @@ def append(
     *,
     again: bool = False,
     handover: Handover = IN_LOG,
+    is_last: bool = False,
 ) -> list[Delivery]:
     """Store messages and a delivery for each subscription that is known now.
 
     :param max_retries: what ``queue_messages.max_retries`` says where the dispatch did not.
     :param again: some may be stored already (by an earlier try); those are left alone.
+    :param is_last: whether nothing else comes in this transaction, so that it may be committed
+        here. Then the caller has to :func:`finish` what no subscription wants, in another one.
     :returns: the new deliveries in their order, to be published.
     """
     if again:
@@ -139,13 +142,15 @@ def append(
     timed = [_with_times(tx, envelope) for envelope in envelopes]
     _ADD_MESSAGES.change_many(tx, [_message_row(tx, e, max_retries) for e in timed])
     causes.note(tx, timed)
-    add = _add_at_once if _can_add_at_once(tx, timed) else _add_singly
-    new = add(tx, timed, handover)
+    if _can_add_at_once(tx, timed):
+        new = _add_at_once(tx, timed, handover, is_last)
+    else:
+        new = _add_singly(tx, timed, handover)
     routed = {delivery.message.id for delivery in new}
     alone = [envelope for envelope in timed if envelope.id not in routed]
     if handover.fans_out:
         return new + [Delivery(0, 0, e, delay=seconds_until(tx, e.scheduled_at)) for e in alone]
-    if alone:
+    if alone and not is_last:
         finish(tx, [envelope.id for envelope in alone])
     return new
 
@@ -163,7 +168,7 @@ def _can_add_at_once(tx: Transaction, envelopes: Sequence[Envelope]) -> bool:
 
 
 def _add_at_once(
-    tx: Transaction, envelopes: Sequence[Envelope], handover: Handover
+    tx: Transaction, envelopes: Sequence[Envelope], handover: Handover, is_last: bool
 ) -> list[Delivery]:
     by_id = {envelope.id: envelope for envelope in envelopes}
     values = {
@@ -172,7 +177,7 @@ def _add_at_once(
         "is_open": handover.is_open,
         "until": handover.until(tx),
     }
-    rows = _ADD_FOR_ALL.fetch(tx, values)
+    rows = _ADD_FOR_ALL.fetch(tx, values, is_last=is_last)
     rows.sort(key=lambda row: row.seq)
     return [Delivery(row.seq, row.subscription_id, by_id[row.message_id]) for row in rows]
 

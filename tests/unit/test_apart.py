@@ -12,11 +12,11 @@ import pytest
 
 from shared.errors import StoreUnavailableError
 from shared.events.apart import ApartPump
-from shared.events.commands import Published, Reserved, Settle
-from shared.native import Mailbox
+from shared.events.commands import Append, Published, Reserved, Settle
+from shared.native import Mailbox, Promise
 from shared.providers import Capabilities
 from shared.settings import load_settings
-from shared.store import attempts, backlog, log
+from shared.store import attempts, backlog, log, subscriptions
 from shared.store.log import Handover
 from shared.types import Lease, Outcome, SettleAction
 from tests.unit.message_log import COMPLETED, Log, event
@@ -50,6 +50,27 @@ def statuses(store: Log, outcomes: list[Outcome]) -> list[str]:
 def send(pump: ApartPump, *commands: Any) -> None:
     for command in commands:
         pump._mailbox.inbox.send(command)
+
+
+class TestDispatches:
+    def test_of_a_type_that_nobody_wants_any_more_is_finished(
+        self, store: Log, pump: ApartPump
+    ) -> None:
+        """Given that it went out with its COMMIT, since somebody wanted the one before."""
+
+        def dispatch() -> str:
+            sent = event()
+            send(pump, Append([sent], Promise()))
+            pump._turn()
+            return str(store.message(sent.id).status)
+
+        assert dispatch() == "completed"
+        mine = store.subscribe()
+        assert [dispatch(), dispatch()] == ["pending", "pending"]
+        store.do(subscriptions.retire, [mine.id])
+        assert [dispatch(), dispatch()] == ["completed", "completed"]
+        store.subscribe()
+        assert dispatch() == "pending"
 
 
 class TestOutcomes:

@@ -10,17 +10,26 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import Mock
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from eventlet import patcher
+from pymysql.err import OperationalError
 from sqlalchemy import Engine, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from shared.database import Transaction, database_url, is_transient, make_engine
+from shared.database import (
+    CommitUncertainError,
+    Transaction,
+    database_url,
+    is_transient,
+    make_engine,
+)
 from shared.errors import MessageNotFoundError, NothingToRetryError
 from shared.lifecycle import MAX_TAKEOVERS, DeliveryStatus
+from shared.mysql import NativeConnection
 from shared.native import sleep
 from shared.settings import load_settings
 from shared.store import attempts, log, repair, subscriptions
@@ -34,6 +43,7 @@ from shared.testing.servers import MariaDBDatabase, MariaDBServer
 from shared.types import (
     MAX_JSON_DEPTH,
     Delivery,
+    Envelope,
     Failure,
     Lease,
     Outcome,
@@ -542,6 +552,71 @@ def persistently(step: Callable[[], T]) -> T:
         except SQLAlchemyError as exc:
             if not is_transient(exc):
                 raise
+
+
+class TestAppendAsTheLast:
+    """Given that nothing else comes in the transaction."""
+
+    def last(self, store: Log, *envelopes: Envelope) -> list[Delivery]:
+        return store.do(log.append, envelopes, 3, is_last=True)
+
+    def test_is_stored_with_its_commit(self, store: Log) -> None:
+        first, second = store.subscribe(), store.subscribe(subscriber="shop.count")
+        sent = [event(), event()]
+        ids = [each.subscription_id for each in self.last(store, *sent)]
+        assert ids == [first.id, second.id] * 2
+        assert [each.id for each in store.rows(messages_table)] == [each.id for each in sent]
+
+    def test_takes_one_round_trip(self, on_mariadb: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+        on_mariadb.subscribe()
+        on_mariadb.database.ping()
+        trips = Mock(wraps=NativeConnection._execute_command)
+        monkeypatch.setattr(NativeConnection, "_execute_command", lambda *args: trips(*args))
+        with on_mariadb.database.transaction(reckons=True) as tx:
+            log.append(tx, [event()], 3, is_last=True)
+        assert trips.call_count == 1
+
+    def test_stores_nothing_where_the_server_refuses_any_of_it(self, store: Log) -> None:
+        store.subscribe()
+        good, twice = event(), event()
+        with pytest.raises(IntegrityError):
+            self.last(store, good, twice, twice)
+        assert store.rows(messages_table) == []
+        self.last(store, good)
+        assert len(store.rows(messages_table)) == 1
+
+    @pytest.mark.parametrize("are_rows_read", [True, False])
+    def test_is_of_unknown_fate_when_the_connection_breaks(
+        self, on_mariadb: Log, monkeypatch: pytest.MonkeyPatch, are_rows_read: bool
+    ) -> None:
+        on_mariadb.subscribe()
+        read = NativeConnection._read_rows
+
+        def broken(connection: Any) -> list[list[Any]]:
+            rows = read(connection) if are_rows_read else []
+            connection._force_close()
+            if not are_rows_read:
+                raise OperationalError(2013, "it broke")
+            return rows
+
+        sent = event()
+        with monkeypatch.context() as patch:
+            patch.setattr(NativeConnection, "_read_rows", broken)
+            with pytest.raises(CommitUncertainError):
+                self.last(on_mariadb, sent)
+        wait_until(lambda: on_mariadb.do(log.stored_ids, [sent.id]), 10, "its COMMIT")
+
+    def test_is_stored_whatever_follows(self, on_mariadb: Log) -> None:
+        on_mariadb.subscribe()
+        sent = event()
+
+        def step(tx: Transaction) -> None:
+            log.append(tx, [sent], 3, is_last=True)
+            log.stored_ids(tx, [sent.id])
+
+        with pytest.raises(CommitUncertainError, match="its COMMIT went with"):
+            on_mariadb.do(step)
+        assert on_mariadb.do(log.stored_ids, [sent.id]) == {sent.id}
 
 
 # --- attempts
