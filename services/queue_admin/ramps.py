@@ -8,7 +8,7 @@ from werkzeug.wrappers import Request
 
 from services.queue_admin import answers
 from services.queue_admin.routes import actor, http
-from services.queue_admin.schemas import RampSchema
+from services.queue_admin.schemas import RampListSchema, RampSchema
 from shared.events.ramps import RampTimer
 
 
@@ -29,10 +29,10 @@ class RampCalls:
         """Retry the dead letters of a group in steps of 1, 10, 100, … as long as that goes well."""
         return 202, self.ramping.begin(actor(request), fingerprint, query["rate"])
 
-    @http("GET", "/queue/ramps", answers=answers.RampList)
-    def ramps(self, _request: Request) -> Any:
+    @http("GET", "/queue/ramps", query=RampListSchema, answers=answers.RampList)
+    def ramps(self, _request: Request, query: dict[str, Any]) -> Any:
         """Show the ramps, the newest first."""
-        return {"ramps": self.ramping.ramps()}
+        return {"ramps": self.ramping.ramps(query["limit"])}
 
     @http("GET", "/queue/ramps/<int:ramp_id>", answers=answers.Ramp, refusals=[404])
     def ramp(self, _request: Request, ramp_id: int) -> Any:

@@ -11,6 +11,7 @@ from marshmallow import Schema, ValidationError, fields, post_load, validate, va
 from shared.lifecycle import MessageStatus
 from shared.store.listing import ANY, MOST_LISTED, PAYLOAD_PATH, Filters, scalar
 from shared.store.ramps import HIGHEST_RATE, USUAL_RATE
+from shared.store.ramps import MOST_LISTED as RAMPS_LISTED
 from shared.types import MAX_RETRIES_LIMIT, NAME, Priority
 
 MOST_RETRIED = 10_000
@@ -134,6 +135,12 @@ class RampSchema(Schema):
     """The query of ``POST /queue/failures/<fingerprint>/ramp``."""
 
     rate = fields.Int(load_default=USUAL_RATE, validate=validate.Range(1, HIGHEST_RATE))
+
+
+class RampListSchema(Schema):
+    """The query of ``GET /queue/ramps``."""
+
+    limit = fields.Int(load_default=RAMPS_LISTED, validate=validate.Range(1, RAMPS_LISTED))
 
 
 class ResendSchema(Schema):

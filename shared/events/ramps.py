@@ -50,9 +50,9 @@ class Ramps:
 
         return self.ramp(int(self.client.call(step)))
 
-    def ramps(self) -> list[dict[str, Any]]:
-        """Return the ramps, the newest first."""
-        return self.reader.read(ramps.list_ramps)
+    def ramps(self, limit: int = ramps.MOST_LISTED) -> list[dict[str, Any]]:
+        """Return the ramps, the newest first, ``limit`` at most."""
+        return self.reader.read(ramps.list_ramps, limit)
 
     def ramp(self, ramp_id: int) -> dict[str, Any]:
         """Return how far a ramp is.

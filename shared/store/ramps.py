@@ -225,9 +225,9 @@ def _set(tx: Transaction, row: Any, **values: Any) -> bool:
 # --- looking
 
 
-def list_ramps(connection: Connection) -> list[dict[str, Any]]:
-    """Return the ramps, the newest first."""
-    rows = connection.execute(select(ramps).order_by(r.id.desc()).limit(MOST_LISTED)).all()
+def list_ramps(connection: Connection, limit: int = MOST_LISTED) -> list[dict[str, Any]]:
+    """Return the ramps, the newest first, ``limit`` at most."""
+    rows = connection.execute(select(ramps).order_by(r.id.desc()).limit(limit)).all()
     counts = _counts(connection, [row.id for row in rows])
     return [_shown(connection, row, counts[row.id]) for row in rows]
 

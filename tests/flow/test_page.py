@@ -224,6 +224,44 @@ class TestAFailedMail:
         expect(visit.result()).to_contain_text("discarded.")
         site.wait_for(refused, "completed")
 
+    def test_of_a_group_are_ramped_up_once_the_cause_is_gone(self, site, visit):
+        count = 12
+        for n in range(count):
+            site.failed(f"ramp-{n}@example.com")
+        name = f"MailUnavailableError of {MAILER}"
+        visit.open("failures")
+        ramps = visit.page.get_by_role("row")
+
+        visit.button(f"Ramp up: {name}").click()
+
+        stopped = ramps.filter(has_text="Stopped in the step of 1: 1 of 1 failed again.")
+        expect(stopped).to_be_visible()
+        expect(stopped).to_contain_text(f"0 of {count}")
+        expect(visit.button(f"Ramp up: {name}")).to_be_focused()
+        site.mail.start()
+        visit.button(f"Ramp up: {name}").click()
+        expect(ramps.filter(has_text=f"{count} of the {count} that were retried")).to_be_visible()
+        expect(visit.region(name)).to_have_count(0)
+        assert {f"ramp-{n}@example.com" for n in range(count)} <= {*site.mail.recipients()}
+
+    def test_of_a_ramp_that_runs_can_be_left_as_they_are(self, site, visit):
+        for n in range(12):
+            site.failed(f"slow-{n}@example.com")
+        site.mail.start()
+        name = f"MailUnavailableError of {MAILER}"
+        [group] = requests.get(f"http://{site.admin}/queue/failures", timeout=20).json()["failures"]
+        ramp = f"http://{site.admin}/queue/failures/{group['fingerprint']}/ramp?rate=1"
+        begun = requests.post(ramp, timeout=20).json()
+        visit.open("failures")
+
+        visit.button(f"Cancel ramp {begun['id']}").click()
+
+        expect(visit.result()).to_contain_text("is cancelled; what it retried goes on.")
+        expect(visit.button(f"Ramp up: {name}")).to_be_visible()
+        visit.button(f"Discard all: {name}").click()
+        visit.button("Discard all").click()
+        expect(visit.region(name)).to_have_count(0)
+
 
 class TestMessages:
     def test_are_found_by_filters(self, site, visit):

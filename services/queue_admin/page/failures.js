@@ -12,30 +12,51 @@ import {
   messageLink,
   number,
   say,
+  status,
+  table,
   time,
 } from "./parts.js";
 
 const AT_ONCE = 500;
+const RAMPS = 10;
 
 export function failures() {
   return {
     title: "Failures",
-    load: () => get("/queue/failures"),
-    draw: ({ failures: groups }) => [
+    load: async () => {
+      const [{ failures: groups }, { ramps }] = await Promise.all([
+        get("/queue/failures"),
+        get(`/queue/ramps?limit=${RAMPS}`),
+      ]);
+      return { groups, ramps };
+    },
+    draw: ({ groups, ramps }) => [
       heading("Failures"),
       h(
         "p",
         null,
-        "Dead letters, by exception and place. Mend the cause first; what is retried runs again at once.",
+        "Dead letters, by exception and place. Mend the cause first; what is retried runs again at once. ",
+        "A ramp retries 1, then 10, then 100 and so on, and stops by itself when the same comes back.",
       ),
       groups.length
-        ? h("div", { class: "cards wide" }, groups.map(card))
+        ? h(
+            "div",
+            { class: "cards wide" },
+            groups.map((group) => card(group, runningOf(group, ramps))),
+          )
         : h("p", null, "Nothing has failed."),
+      ramps.length > 0 && [h("h2", null, "Ramps"), rampTable(ramps)],
     ],
   };
 }
 
-function card(group) {
+function runningOf(group, ramps) {
+  return ramps.find(
+    (each) => each.status === "running" && each.fingerprint === group.fingerprint,
+  );
+}
+
+function card(group, ramp) {
   const { example } = group;
   const name = `${group.errorType} of ${example.subscriber}`;
   const all = counted(group.count, "dead letter");
@@ -59,6 +80,7 @@ function card(group) {
     h(
       "div",
       { class: "buttons" },
+      ramp ? stop(ramp) : begin(group, name),
       button("Retry all", () => each(group, "retry", "retried"), { name: `Retry all: ${name}` }),
       button("Discard all", () => each(group, "discard", "discarded"), {
         name: `Discard all: ${name}`,
@@ -94,4 +116,44 @@ async function each(group, word, count) {
     say(`${number(done)} of ${number(group.count)} ${count} …`);
   }
   return `${counted(done, "dead letter")} of ${group.errorType} ${count}.`;
+}
+
+function begin(group, name) {
+  const act = async () => {
+    const begun = await post(path`/queue/failures/${group.fingerprint}/ramp`);
+    return `Ramp ${begun.id} of ${group.errorType} begins.`;
+  };
+  return button("Ramp up", act, { name: `Ramp up: ${name}`, key: "ramp" });
+}
+
+function stop(ramp) {
+  const act = async () => {
+    await post(path`/queue/ramps/${ramp.id}/cancel`);
+    return `Ramp ${ramp.id} is cancelled; what it retried goes on.`;
+  };
+  return button("Cancel the ramp", act, { name: `Cancel ramp ${ramp.id}`, key: "ramp" });
+}
+
+function rampTable(ramps) {
+  return table(
+    "The newest. Times are UTC.",
+    ["Ramp", "Status", "Begun", "Completed", "What came of it"],
+    ramps.map((each) => ({
+      key: each.id,
+      cells: [
+        number(each.id),
+        status(each.status),
+        [time(each.startedAt), h("br"), "by ", breakable(each.startedBy)],
+        done(each),
+        each.sentence,
+      ],
+    })),
+  );
+}
+
+function done({ id, completed, total }) {
+  return [
+    h("progress", { max: total, value: completed, "aria-label": `Ramp ${id}` }),
+    ` ${number(completed)} of ${number(total)}`,
+  ];
 }
