@@ -233,6 +233,9 @@ def paths(last: str) -> Iterator[str]:
     yield f"/queue/messages/{last}/why"
     yield "/queue/failures"
     yield "/queue/subscriptions"
+    yield "/queue/alerts"
+    yield "/queue/alerts/thresholds"
+    yield "/queue/retention"
     yield "/queue/audit-log"
 
 

@@ -13,6 +13,7 @@
     │   ├── NothingToRetryError    a message has no failed delivery
     │   └── RampRunningError       a group that is to be ramped up is already
     ├── RampNotFoundError          no such ramp
+    ├── QueueNotKnownError         no such queue, for who is to be told of it
     ├── SubscriptionNotFoundError  no such subscription, or it is retired
     ├── SubscriptionLiveError      a subscription that is to be retired has a live consumer
     ├── StoreUnavailableError      the log's database does not answer
@@ -118,6 +119,10 @@ class RampRunningError(NothingToChangeError):
 
 class RampNotFoundError(QueueError):
     """Raised when there is no ramp of that id."""
+
+
+class QueueNotKnownError(QueueError):
+    """Raised when nothing is known of a queue, or there are no alerts of it."""
 
 
 class StoreUnavailableError(QueueError):

@@ -73,6 +73,28 @@ class Retries:
 
 
 @dataclass(frozen=True, slots=True)
+class Alerting:
+    """When operations are alerted: thresholds, of which 0 means never, and how.
+
+    :param every: seconds from one look to the next; 0 means never.
+    :param failures: percent of the messages of a queue.
+    :param oldest: seconds for which work is due.
+    :param dead: dead letters of a queue.
+    :param silent: subscriptions of a queue without a consumer.
+    :param mail_to: empty: no mail.
+    :param webhook: empty: none. It may hold a secret.
+    """
+
+    every: float
+    failures: float
+    oldest: float
+    dead: int
+    silent: int
+    mail_to: str
+    webhook: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """The settings of one process; times in seconds, sizes in bytes."""
 
@@ -86,6 +108,10 @@ class Settings:
     audit: float
     retries: Retries
     inbox_days: float
+    # for ever: 0
+    completed_days: float
+    dead_days: float
+    alerting: Alerting
     addresses: Mapping[str, Address]
     # None: no metrics of this process
     metrics_address: Address | None
@@ -152,6 +178,17 @@ def _number(lowest: float, highest: float, kind: type = int) -> Callable[[Any], 
         return number
 
     return parse
+
+
+def _days(value: Any) -> float:
+    try:
+        days = float(_text(value))
+    except ValueError:
+        days = -1.0
+    # of what ended sooner a broker may still bring a copy
+    if days != 0 and not 1 <= days <= 3660:
+        raise EnvError("must be 0, or a number from 1 to 3660")
+    return days
 
 
 def _choice(*words: str) -> Callable[[Any], str]:
@@ -239,6 +276,17 @@ def _mail_from(value: Any) -> str:
     if not re.fullmatch(r"[^@\s\x00-\x1f]+@[^@\s\x00-\x1f]+", _text(value)):
         raise EnvError("must be a mail address, such as noreply@example.com")
     return _text(value)
+
+
+def _mail_to(value: Any) -> str:
+    return _mail_from(value) if _text(value) else ""
+
+
+def _webhook_url(value: Any) -> str:
+    text = _text(value)
+    if text and not re.fullmatch(r"https?://[^\s/@?#]+(?::\d{1,5})?(?:[/?][^\s#]*)?", text):
+        raise EnvError("must be http://host[:port]/path or https://…")
+    return text
 
 
 _REDIS_HOST = r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?"
@@ -395,6 +443,9 @@ class _Reader:
                 ),
             ),
             inbox_days=self.get("QUEUE_INBOX_DAYS", 30, _number(1, 3660, float)),
+            completed_days=self.get("QUEUE_KEEP_COMPLETED_DAYS", 30, _days),
+            dead_days=self.get("QUEUE_KEEP_DEAD_DAYS", 0, _days),
+            alerting=self.alerting(),
             addresses=MappingProxyType(
                 {
                     "auth_events": self.get("AUTH_EVENTS_ADDRESS", "127.0.0.1:3001", _address),
@@ -436,6 +487,17 @@ class _Reader:
 
     def seconds(self, name: str, default: float, lowest: float = 0) -> float:
         return float(self.get(name, default, _number(lowest, LARGEST_SECONDS, float)))
+
+    def alerting(self) -> Alerting:
+        return Alerting(
+            every=self.seconds("QUEUE_ALERT_SECONDS", 10),
+            failures=self.get("QUEUE_ALERT_FAILURE_PERCENT", 10, _number(0, 100, float)),
+            oldest=self.get("QUEUE_ALERT_OLDEST_SECONDS", 300, _number(0, 1e9, float)),
+            dead=self.get("QUEUE_ALERT_DEAD_LETTERS", 10, _number(0, 10**9)),
+            silent=self.get("QUEUE_ALERT_SILENT_CONSUMERS", 1, _number(0, 10**9)),
+            mail_to=self.get("ALERT_MAIL_TO", "", _mail_to),
+            webhook=self.get("ALERT_WEBHOOK_URL", "", _webhook_url),
+        )
 
     def database(self) -> Database | None:
         host = self.get("DB_HOST", "", _text)
@@ -498,6 +560,9 @@ def hidden(name: str, value: str) -> str:
     if name.endswith(("PASSWORD", "TOKENS")):
         # of a file it is no secret which one it is
         return value if not value or value.startswith("@") else "***"
+    if name == "ALERT_WEBHOOK_URL":
+        # who knows its path may post there
+        return re.sub(r"(?<=[^/:])[/?].*", "/***", value)
     if name.endswith(("URL", "URI")):
         value = _WITH_USER.sub(r"\1***@", value)
         return re.sub(r"(password=)[^&\s]+", r"\1***", value)

@@ -15,6 +15,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     DateTime,
+    Double,
     Enum,
     FetchedValue,
     ForeignKey,
@@ -295,6 +296,65 @@ causes = Table(
     **TEXT,
 )
 """Which message's handler dispatched a message: a row for those that one did."""
+
+alerts = Table(
+    "queue_alerts",
+    metadata,
+    Column("id", big_key(), primary_key=True, autoincrement=True),
+    Column("queue_name", String(200), nullable=False),
+    Column("rule", String(30), nullable=False),
+    Column("status", String(20), nullable=False),
+    # Queue and rule until it is over: so no two episodes of one rule run.
+    Column("current", exact(240), nullable=True),
+    Column("value", Double(), nullable=True),
+    # What it was when the value reached it.
+    Column("threshold", Double(), nullable=False),
+    # Looks in a row that would have it move on to its next status.
+    Column("looks", Integer, nullable=False),
+    Column("began_at", millis(), nullable=False),
+    Column("ended_at", millis(), nullable=True),
+    # The messages that told of it.
+    Column("message_id", String(36), nullable=True),
+    Column("end_message_id", String(36), nullable=True),
+    Column("detail", JsonText(), nullable=True),
+    UniqueConstraint("current", name="uq_queue_alerts_current"),
+    **TEXT,
+)
+"""Episodes of alerts: those that go on, and those that are over."""
+
+alert_thresholds = Table(
+    "queue_alert_thresholds",
+    metadata,
+    Column("queue_name", exact(200), primary_key=True),
+    Column("rule", exact(30), primary_key=True),
+    Column("threshold", Double(), nullable=False),
+    **TEXT,
+)
+"""Thresholds that a queue has of its own, in place of those of the settings."""
+
+timers = Table(
+    "queue_timers",
+    metadata,
+    Column("name", exact(30), primary_key=True),
+    # Who comes first at this time or later does what is to be done.
+    Column("next_at", millis(), nullable=False),
+    Column("last_at", millis(), nullable=True),
+    # What came of it the last time.
+    Column("result", JsonText(), nullable=True),
+    **TEXT,
+)
+"""What one process does for all, now and then: when it is due, and when it was done."""
+
+removed = Table(
+    "queue_removed",
+    metadata,
+    Column("subscription_id", Integer, primary_key=True, autoincrement=False),
+    Column("completed", BigInteger, nullable=False, server_default="0"),
+    Column("dead", BigInteger, nullable=False, server_default="0"),
+    Column("discarded", BigInteger, nullable=False, server_default="0"),
+    **TEXT,
+)
+"""How many deliveries of a subscription were removed with their messages, by how they ended."""
 
 audit_log = Table(
     "queue_audit_log",

@@ -23,7 +23,10 @@ from shared.testing.servers import (  # noqa: E402
     RedisServer,
 )
 
-OURS = ("QUEUE_", "AUTH_EVENTS_", "COMPANY_", "MAIL_", "REDIS_", "RABBITMQ_", "AMQP_", "DB_")
+OURS = (
+    "QUEUE_", "ALERT_", "AUTH_EVENTS_", "COMPANY_", "MAIL_",
+    "REDIS_", "RABBITMQ_", "AMQP_", "DB_",
+)  # fmt: skip
 """What the names of our settings begin with."""
 
 for _name in [name for name in os.environ if name.startswith(OURS)]:

@@ -7,6 +7,8 @@ from typing import Any
 from marshmallow import Schema, fields, validate
 
 from shared.lifecycle import DeliveryStatus, MessageStatus
+from shared.store.alerts import AlertStatus
+from shared.store.measures import Rule
 from shared.store.ramps import RampStatus
 from shared.types import Priority
 
@@ -277,6 +279,74 @@ class Ramp(Schema):
 
 class RampList(Schema):
     ramps = fields.List(fields.Nested(Ramp), required=True)
+
+
+class Alert(Schema):
+    id = fields.Int(required=True)
+    queueName = _text()
+    rule = _text(validate=validate.OneOf([rule.value for rule in Rule]))
+    status = _status([AlertStatus.FIRING, AlertStatus.RESOLVED])
+    value = fields.Float(
+        required=True,
+        allow_none=True,
+        metadata={"description": "The most that it was."},
+    )
+    threshold = fields.Float(required=True)
+    subscribers = fields.List(fields.Str(), required=True)
+    beganAt = _text()
+    endedAt = _maybe()
+    messageId = _maybe(metadata={"description": "The message that told of its beginning."})
+    endMessageId = _maybe()
+    sentence = _text()
+
+
+class AlertList(Schema):
+    firing = fields.List(fields.Nested(Alert), required=True)
+    resolved = fields.List(
+        fields.Nested(Alert), required=True, metadata={"description": "The newest first."}
+    )
+
+
+class Thresholds(Schema):
+    failurePercent = fields.Float(required=True)
+    oldestSeconds = fields.Float(required=True)
+    deadLetters = fields.Float(required=True)
+    silentConsumers = fields.Float(required=True)
+
+
+class QueueThresholds(Thresholds):
+    queueName = _text()
+    own = fields.List(
+        fields.Str(),
+        required=True,
+        metadata={"description": "Which of them are the queue's own."},
+    )
+
+
+class ThresholdList(Schema):
+    usual = fields.Nested(Thresholds, required=True)
+    queues = fields.List(fields.Nested(QueueThresholds), required=True)
+
+
+class Removed(Schema):
+    messages = _count()
+    deliveries = _count()
+
+
+class Retention(Schema):
+    completedDays = fields.Float(
+        required=True,
+        metadata={"description": "How long completed messages are kept; 0 is for ever."},
+    )
+    deadDays = fields.Float(
+        required=True,
+        metadata={"description": "How long messages with dead letters are; 0 is for ever."},
+    )
+    inboxDays = fields.Float(required=True)
+    dedupeKeyHours = fields.Float(required=True)
+    lastRunAt = _maybe()
+    lastResult = fields.Nested(Removed, required=True, allow_none=True)
+    nextRunAt = _maybe()
 
 
 class SubscriptionShown(Schema):

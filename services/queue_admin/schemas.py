@@ -10,6 +10,7 @@ from marshmallow import Schema, ValidationError, fields, post_load, validate, va
 
 from shared.lifecycle import MessageStatus
 from shared.store.listing import ANY, MOST_LISTED, PAYLOAD_PATH, Filters, scalar
+from shared.store.measures import Rule
 from shared.store.ramps import HIGHEST_RATE, USUAL_RATE
 from shared.store.ramps import MOST_LISTED as RAMPS_LISTED
 from shared.types import MAX_RETRIES_LIMIT, NAME, Priority
@@ -141,6 +142,23 @@ class RampListSchema(Schema):
     """The query of ``GET /queue/ramps``."""
 
     limit = fields.Int(load_default=RAMPS_LISTED, validate=validate.Range(1, RAMPS_LISTED))
+
+
+class ThresholdsSchema(Schema):
+    """The body of ``PUT /queue/alerts/thresholds/<queue>``; what is left out is as usual."""
+
+    failure_percent = fields.Float(data_key="failurePercent", validate=validate.Range(0, 100))
+    oldest_seconds = fields.Float(data_key="oldestSeconds", validate=validate.Range(0, 1e9))
+    dead_letters = fields.Int(
+        strict=True, data_key="deadLetters", validate=validate.Range(0, 10**9)
+    )
+    silent_consumers = fields.Int(
+        strict=True, data_key="silentConsumers", validate=validate.Range(0, 10**9)
+    )
+
+    @post_load
+    def _by_rule(self, data: dict[str, float], **_: Any) -> dict[Rule, float]:
+        return {Rule(name): threshold for name, threshold in data.items()}
 
 
 class ResendSchema(Schema):

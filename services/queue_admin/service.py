@@ -7,6 +7,7 @@ from typing import Any
 from werkzeug.wrappers import Request, Response
 
 from services.queue_admin import answers
+from services.queue_admin.alerts import AlertCalls
 from services.queue_admin.failures import FailureCalls
 from services.queue_admin.messages import MessageCalls
 from services.queue_admin.openapi import page_of, specification
@@ -18,7 +19,14 @@ from shared.events.operations import AuditTimer
 from shared.observe.metrics import exposed, log_registry
 
 
-class QueueAdminService(MessageCalls, FailureCalls, RampCalls, SubscriptionCalls, PageCalls):
+class QueueAdminService(
+    MessageCalls,
+    FailureCalls,
+    RampCalls,
+    SubscriptionCalls,
+    AlertCalls,
+    PageCalls,
+):
     """Shows what there is, says why, repairs it, and says how the queue is."""
 
     name = "queue_admin"

@@ -26,8 +26,10 @@ from shared.cli.working import (
 from shared.errors import NothingToRetryError
 from shared.events.direct import DirectOperations
 from shared.events.repairs import BATCH
+from shared.events.retention import Pruner
 from shared.settings import Settings
 from shared.store.listing import Filters
+from shared.store.retention import Removed
 from shared.types import MAX_RETRIES_LIMIT
 
 MOST = 10_000_000
@@ -143,6 +145,28 @@ def discard(
         else:
             count = opened.discard_message(actor(), str(message_id))
             say(is_json, {"messageId": message_id, "discarded": count}, f"{count} discarded")
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Only count them.")
+@with_json
+@click.pass_obj
+def prune(settings: Settings, dry_run: bool, is_json: bool) -> None:
+    """Remove finished messages that are kept no longer.
+
+    QUEUE_KEEP_COMPLETED_DAYS and QUEUE_KEEP_DEAD_DAYS say how long they are.
+    """
+    with operations(settings) as opened, progress("messages") as shown:
+
+        def show(done: Removed) -> bool:
+            shown.update(shown.task_ids[0], completed=done.messages)
+            return True
+
+        pruner = Pruner(opened.client, opened.client, actor(), show)
+        done = pruner.count() if dry_run else pruner.prune()
+    answer = {"messages": done.messages, "removed": not dry_run}
+    word = "would be removed" if dry_run else "removed"
+    say(is_json, answer, f"{done.messages} messages {word}")
 
 
 @click.command()

@@ -9,6 +9,7 @@ from sqlalchemy import URL, Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared.cli import changing, looking
+from shared.cli.alerts import alerts
 from shared.cli.audit import audit
 from shared.cli.config import config
 from shared.cli.failures import Failure, WrongArgument
@@ -41,10 +42,12 @@ def main(context: click.Context) -> None:
 
 
 for _command in (
+    alerts,
     audit,
     changing.cancel,
     changing.discard,
     changing.pause,
+    changing.prune,
     changing.publish,
     changing.resume,
     changing.retire,

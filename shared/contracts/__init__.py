@@ -30,4 +30,4 @@ def contract(source: str, event_type: str, version: int) -> Callable[[type[Schem
     return register
 
 
-from shared.contracts import user  # noqa: E402, F401 - registers itself
+from shared.contracts import alert, user  # noqa: E402, F401 - they register themselves

@@ -21,6 +21,7 @@ from shared.errors import (
     ProviderRefusedError,
     StoreUnavailableError,
 )
+from shared.events.alerts import Alerts
 from shared.events.client import first_id
 from shared.events.ramps import Ramps
 from shared.events.repairs import Operations
@@ -246,6 +247,14 @@ class DirectOperations(Operations):
 
 class DirectRamps(Ramps):
     """:class:`Ramps` for one command: a service carries them on."""
+
+    def __init__(self, client: DirectClient) -> None:
+        self.client = client
+        self.reader = client
+
+
+class DirectAlerts(Alerts):
+    """:class:`Alerts` for one command."""
 
     def __init__(self, client: DirectClient) -> None:
         self.client = client

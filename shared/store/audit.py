@@ -12,21 +12,26 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import (
     Connection,
+    String,
     and_,
     bindparam,
     case,
     exists,
     false,
     func,
+    literal,
     literal_column,
     or_,
     select,
+    type_coerce,
+    union_all,
     update,
 )
 
 from shared.database import Transaction
 from shared.lifecycle import WAITING, DeliveryStatus, MessageStatus
 from shared.statements import Prepared
+from shared.store import retention
 from shared.store.summary import lock, refresh
 from shared.tables import SUBSCRIPTION_COLUMNS, deliveries, messages, subscription_of, subscriptions
 from shared.types import Subscription
@@ -85,7 +90,7 @@ def elsewhere(connection: Connection, *, is_joined: bool) -> list[Entry]:
 
 
 class Account(NamedTuple):
-    """What became of the deliveries of one subscription, by the log."""
+    """What became of the deliveries of one subscription, those included that were removed."""
 
     subscription: Subscription
     is_retired: bool
@@ -96,16 +101,23 @@ class Account(NamedTuple):
     waiting: int
     in_log: int
     """Of those that wait: what the log keeps, to be published or under a lease of its own."""
+    removed: int
+    """Of those that ended: what the retention removed, and the log tells no more of."""
 
 
 def accounts(connection: Connection) -> list[Account]:
     """Count the deliveries of each subscription."""
     is_in_log = case((and_(_IS_OPEN, ~_IS_ELSEWHERE), 1), else_=0)
     counted = select(
-        d.subscription_id, d.status, func.count().label("all"), func.sum(is_in_log).label("kept")
+        d.subscription_id,
+        type_coerce(d.status, String).label("status"),
+        func.count().label("all"),
+        func.sum(is_in_log).label("kept"),
     ).group_by(d.subscription_id, d.status)
+    # in one statement: some may be removed just now
+    gone = [each.add_columns(literal(0)) for each in retention.counts()]
     counts: dict[int, dict[str, tuple[int, int]]] = {}
-    for row in connection.execute(counted):
+    for row in connection.execute(union_all(counted, *gone)):
         counts.setdefault(row.subscription_id, {})[row.status] = (int(row.all), int(row.kept))
     known = select(*SUBSCRIPTION_COLUMNS, s.retired_at).order_by(s.queue_name, s.message_type, s.id)
     return [_account(row, counts.get(row.id, {})) for row in connection.execute(known)]
@@ -115,15 +127,17 @@ def _account(row: Any, counts: dict[str, tuple[int, int]]) -> Account:
     def of(*statuses: str) -> int:
         return sum(counts.get(status, (0, 0))[0] for status in statuses)
 
+    gone = retention.REMOVED
     return Account(
         subscription_of(row),
         is_retired=row.retired_at is not None,
         dispatched=of(*counts),
-        completed=of(DeliveryStatus.COMPLETED),
-        dead=of(DeliveryStatus.FAILED),
-        discarded=of(DeliveryStatus.DISCARDED),
+        completed=of(DeliveryStatus.COMPLETED, gone["completed"]),
+        dead=of(DeliveryStatus.FAILED, gone["dead"]),
+        discarded=of(DeliveryStatus.DISCARDED, gone["discarded"]),
         waiting=of(*OPEN),
         in_log=sum(kept for _, kept in counts.values()),
+        removed=of(*gone.values()),
     )
 
 

@@ -22,6 +22,7 @@ from shared.errors import (
     PayloadError,
     ProviderUnavailableError,
     QueueError,
+    QueueNotKnownError,
     RampNotFoundError,
     RampRunningError,
     RpcTimeoutError,
@@ -92,7 +93,7 @@ def problem_of(error: BaseException) -> Problem:
                 "The Idempotency-Key is used already",
                 detail="A request with this Idempotency-Key came before, with another body",
             )
-        case MessageNotFoundError() | SubscriptionNotFoundError() | RampNotFoundError():
+        case _ if isinstance(error, _MISSING):
             return _missing(error)
         case NothingToChangeError() | SubscriptionLiveError():
             return _conflict(error)
@@ -103,7 +104,17 @@ def problem_of(error: BaseException) -> Problem:
     return Problem(500, "internal-error", "Internal error")
 
 
-def _missing(error: QueueError) -> Problem:
+_MISSING = (
+    MessageNotFoundError,
+    QueueNotKnownError,
+    RampNotFoundError,
+    SubscriptionNotFoundError,
+)
+
+
+def _missing(error: BaseException) -> Problem:
+    if isinstance(error, QueueNotKnownError):
+        return Problem(404, "queue-not-found", "No such queue", detail=str(error))
     if isinstance(error, SubscriptionNotFoundError):
         return Problem(404, "subscription-not-found", "No such subscription", detail=str(error))
     if isinstance(error, RampNotFoundError):
@@ -131,6 +142,7 @@ ANSWERS = (
     SubscriptionNotFoundError,
     SubscriptionLiveError,
     RampNotFoundError,
+    QueueNotKnownError,
     ProviderUnavailableError,
     DispatchError,
     StoreUnavailableError,

@@ -197,7 +197,8 @@ class Reader:
                 name, value = next(given).split(": ", 1)
                 headers[name] = value
             elif each == "-d":
-                method, data = "POST", next(given).encode()
+                method = "POST" if method == "GET" else method  # which -X has set
+                data = next(given).encode()
             else:
                 assert url is None, f"what does curl do with {each}?"
                 url = each

@@ -53,9 +53,9 @@ class TestAccounts:
         store.attempt(made[1], FAILED)
         store.attempt(made[2], RETRY)
         [idle, busy] = store.do(lambda tx: audit.accounts(tx.connection))
-        assert busy[2:] == (5, 1, 1, 0, 3, 3)
+        assert busy[2:] == (5, 1, 1, 0, 3, 3, 0)
         assert busy.dispatched == busy.completed + busy.dead + busy.discarded + busy.waiting
-        assert idle[2:] == (0, 0, 0, 0, 0, 0)
+        assert idle[2:] == (0, 0, 0, 0, 0, 0, 0)
 
     def test_count_what_was_discarded(self, store: Log) -> None:
         mine = store.subscribe()

@@ -12,6 +12,7 @@ from shared.settings import load_settings
 from shared.statements import Prepared
 from shared.store import (
     adoption,
+    alerts,
     attempts,
     backlog,
     causes,
@@ -19,10 +20,12 @@ from shared.store import (
     failures,
     listing,
     log,
+    measures,
     overview,
     queries,
     ramps,
     repair,
+    retention,
     subscriptions,
     summary,
     trail,
@@ -46,6 +49,7 @@ MODULES = (
     log,
     ramps,
     repair,
+    retention,
     subscriptions,
     summary,
 )
@@ -105,6 +109,8 @@ QUESTIONS = {
     "health": lambda c, _: queries.silent_subscriptions(c, utc_now(c)),
     "overview": lambda c, _: overview.overview(c, utc_now(c)),
     "audit log": lambda c, _: trail.entries(c, 10, 50),
+    "measures": lambda c, _: measures.measure(c, utc_now(c)),
+    "alerts": lambda c, _: (alerts.list_alerts(c), alerts.own_thresholds(c)),
     "metrics": lambda c, _: log_gauges(c, joins_log=False),
 }
 
@@ -125,7 +131,7 @@ def test_what_operations_ask_uses_an_index(sqlite_log, name):
             explained = f"EXPLAIN QUERY PLAN {statement}"
             plan = [row[3] for row in connection.exec_driver_sql(explained, parameters)]
             # of groups, subscriptions and pauses there are few, and the log is read by its end
-            few = r"SCAN queue_(failures USING COVERING|subscriptions|pauses|audit_log)"
+            few = r"SCAN queue_(failures USING COVERING|subscriptions|pauses|audit_log|alert)"
             if name == "metrics":  # which say of all messages what their status is
                 few += r"|SCAN queue_messages USING COVERING"
             assert not [x for x in plan if x.startswith("SCAN queue") and not re.match(few, x)], (
