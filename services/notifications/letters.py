@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import asdict
 from email.message import EmailMessage
 from email.policy import SMTP
@@ -13,7 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from services.notifications.mail import mail_address
-from services.notifications.schemas import NewUser
+from services.notifications.schemas import Alert, NewUser
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -31,18 +32,29 @@ def welcome(user: NewUser, message_id: str, sender: str) -> EmailMessage:
     :param sender: the address in From.
     :raises MailRefusedError: when no mail can have the user's address.
     """
-    words = {name: _one_line(value or "") for name, value in asdict(user).items()}
+    return _letter("welcome", user.email, asdict(user), message_id, sender)
+
+
+def alert(told: Alert, recipient: str, message_id: str, sender: str) -> EmailMessage:
+    """Compose the mail that tells of an alert, or of its end; parameters as for :func:`welcome`."""
+    return _letter("alert", recipient, asdict(told), message_id, sender)
+
+
+def _letter(
+    kind: str, recipient: str, told: Mapping[str, str | None], message_id: str, sender: str
+) -> EmailMessage:
+    words = {name: _one_line(value or "") for name, value in told.items()}
     message = EmailMessage(policy=POLICY)
     message["From"] = mail_address(sender)
     # without the name: the email package loses quotes where it folds a long one
-    message["To"] = mail_address(user.email)
-    message["Subject"] = _render("welcome.subject", words).strip()
+    message["To"] = mail_address(recipient)
+    message["Subject"] = _render(f"{kind}.subject", words).strip()
     message["Date"] = localtime()
-    message["Message-ID"] = rfc_message_id(message_id, "welcome", sender)
+    message["Message-ID"] = rfc_message_id(message_id, kind, sender)
     # keeps automatic answers from coming back (RFC 3834)
     message["Auto-Submitted"] = "auto-generated"
-    message.set_content(_render("welcome.txt", words))
-    message.add_alternative(_render("welcome.html", words), subtype="html")
+    message.set_content(_render(f"{kind}.txt", words))
+    message.add_alternative(_render(f"{kind}.html", words), subtype="html")
     return message
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from marshmallow import EXCLUDE, ValidationError
 
+from shared.contracts.alert import QueueAlert
 from shared.contracts.user import UserRegistered
 from shared.errors import Reject
 
 _REGISTERED = UserRegistered(unknown=EXCLUDE)
+_ALERT = QueueAlert(unknown=EXCLUDE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,28 @@ class NewUser:
     first_name: str
     last_name: str
     company_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """What an alert says that a person reads."""
+
+    alert_id: str
+    status: str
+    queue_name: str
+    rule: str
+    began_at: str
+    summary: str
+
+
+def read_alert(payload: Any) -> Alert:
+    """Read ``queue.alert``.
+
+    :raises Reject: when it breaks its contract.
+    """
+    if errors := _ALERT.validate(payload):
+        raise Reject(f"the payload breaks its contract: {errors}")
+    return Alert(**{name: str(payload[name]) for name in Alert.__slots__})
 
 
 def read_new_user(payload: Any) -> NewUser:

@@ -1,21 +1,25 @@
-"""The notifications service: one handler."""
+"""The notifications service: welcome mails, and what tells operations of alerts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from email.message import EmailMessage
 from functools import partial
 from typing import Any
 
-from services.notifications.letters import rfc_message_id, welcome
+from services.notifications.letters import alert, rfc_message_id, welcome
 from services.notifications.mail import MailTransport
 from services.notifications.models import Base
 from services.notifications.outgoing import Mail, send_once
-from services.notifications.schemas import read_new_user
+from services.notifications.schemas import read_alert, read_new_user
+from services.notifications.webhook import AlertTargets, post_json
+from shared.contracts.alert import ALERT, SOURCE
 from shared.events import MessageContext, event_handler
 from shared.store import DatabaseSession
 
 
 class NotificationsService:
-    """Greets those who sign up, by mail."""
+    """Greets those who sign up, and tells operations of alerts."""
 
     name = "notifications"
 
@@ -23,6 +27,7 @@ class NotificationsService:
     # its own: a mail is not handled when it is claimed, which is committed first
     handled = DatabaseSession(Base)
     mail = MailTransport()
+    alerted = AlertTargets()
     message = MessageContext()
 
     @event_handler("auth_events", "user.registered", inbox="handled")
@@ -32,12 +37,37 @@ class NotificationsService:
         :raises Reject: when the address is refused.
         :raises MailUnavailableError: when the mail server is down.
         """
-        user, message_id, sender = read_new_user(payload), self.message.id, self.mail.sender
+        user = read_new_user(payload)
+        self._send("welcome", user.email, partial(welcome, user))
+
+    # two handlers: what one of them has done is not done again when the other fails
+    @event_handler(SOURCE, ALERT, inbox="handled")
+    def mail_alert(self, payload: dict[str, Any]) -> None:
+        """Send the mail of an alert, once for each message, where anybody is to get one.
+
+        :raises Reject: when the address is refused.
+        :raises MailUnavailableError: when the mail server is down.
+        """
+        told, recipient = read_alert(payload), self.alerted.mail_to
+        if recipient:
+            self._send("alert", recipient, partial(alert, told, recipient))
+
+    @event_handler(SOURCE, ALERT, inbox="handled")
+    def post_alert(self, payload: dict[str, Any]) -> None:
+        """Post an alert to the webhook, where there is one.
+
+        :raises WebhookError: when it does not take it.
+        """
+        if self.alerted.webhook:
+            post_json(self.alerted.webhook, payload, self.message.id)
+
+    def _send(self, kind: str, recipient: str, compose: Callable[[str, str], EmailMessage]) -> None:
+        message_id, sender = self.message.id, self.mail.sender
         mail = Mail(
             message_id=message_id,
-            kind="welcome",
-            recipient=user.email,
-            rfc_message_id=rfc_message_id(message_id, "welcome", sender),
-            compose=partial(welcome, user, message_id, sender),
+            kind=kind,
+            recipient=recipient,
+            rfc_message_id=rfc_message_id(message_id, kind, sender),
+            compose=partial(compose, message_id, sender),
         )
         send_once(self.db, self.mail, mail)

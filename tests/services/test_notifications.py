@@ -10,6 +10,7 @@ import socket
 import string
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from email import message_from_bytes
@@ -31,8 +32,8 @@ from sqlalchemy import URL, Engine, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from services.notifications import NotificationsService, outgoing
-from services.notifications.letters import welcome
+from services.notifications import NotificationsService, outgoing, webhook
+from services.notifications.letters import alert, welcome
 from services.notifications.mail import (
     Mailer,
     MailRefusedError,
@@ -42,12 +43,12 @@ from services.notifications.mail import (
     recipient_of,
 )
 from services.notifications.models import Base, MailRecord, Status
-from services.notifications.schemas import NewUser, read_new_user
+from services.notifications.schemas import NewUser, read_alert, read_new_user
 from shared.contracts.user import UserRegistered
 from shared.database import make_engine
 from shared.errors import Reject
 from shared.events import Message
-from shared.settings import Address
+from shared.settings import Address, load_settings
 from shared.store.migrate import service_migrations, upgrade
 from shared.types import Priority
 
@@ -244,6 +245,124 @@ def test_any_name_makes_a_letter_to_one_address(
     assert [each.username + "@example.org" for each in mail["To"].addresses] == [email]
     # what smtplib makes of it for RCPT
     assert quoteaddr(recipient_of(mail)) == f"<{recipient_of(mail)}>"
+
+
+ALERT = {
+    "alert_id": 7,
+    "status": "firing",
+    "queue_name": "user-events",
+    "rule": "dead_letters",
+    "value": 12.0,
+    "threshold": 10.0,
+    "began_at": "2026-03-01T12:00:00.000Z",
+    "subscribers": ["notifications.send_welcome"],
+    "summary": "user-events has 12 dead letters; 10 is the threshold.",
+}
+
+
+class TestAlert:
+    def test_says_what_began_and_that_it_is_over(self) -> None:
+        mail = self.letter()
+        assert (mail["To"], mail["Subject"]) == (
+            "ops@example.org", "Alert: user-events, dead_letters",
+        )  # fmt: skip
+        assert mail["Message-ID"] == f"<{MESSAGE_ID}.alert@example.com>"
+        assert mail["Auto-Submitted"] == "auto-generated"
+        for kind in ("plain", "html"):
+            text = text_of(mail, kind)
+            assert ALERT["summary"] in text
+            assert "2026-03-01T12:00:00.000Z. You will get another mail" in text
+        over = self.letter(status="resolved", summary="Over: <b>it</b>.")
+        assert over["Subject"] == "Over: user-events, dead_letters"
+        assert "another mail" not in text_of(over, "plain")
+        assert "<b>it" not in text_of(over, "html")
+        assert "Over: <b>it</b>." in text_of(over, "plain")
+
+    def letter(self, **changes: Any) -> EmailMessage:
+        told = read_alert({**ALERT, **changes})
+        composed = alert(told, "ops@example.org", MESSAGE_ID, SENDER)
+        return read_letter(composed.as_bytes(policy=SMTP))
+
+    def test_that_is_broken_is_rejected(self) -> None:
+        with pytest.raises(Reject, match="status"):
+            read_alert({**ALERT, "status": "odd"})
+        assert read_alert({**ALERT, "more": 1}).alert_id == "7"
+
+    def test_is_sent_once_and_only_where_somebody_is_to_get_it(self, house: House) -> None:
+        mailer = Recorder()
+        for mail_to in ("", "ops@example.org", "ops@example.org"):
+            self.service(house, mailer, mail_to=mail_to).mail_alert(ALERT)
+        assert [letter["To"] for letter in mailer.letters] == ["ops@example.org"]
+        assert (house.record.kind, house.record.status) == ("alert", Status.SENT)
+
+    def test_is_posted_only_where_there_is_a_webhook(self, house: House) -> None:
+        self.service(house, Recorder()).post_alert(ALERT)
+
+    def service(
+        self, house: House, mailer: Mailer, *, mail_to: str = "", webhook: str = ""
+    ) -> NotificationsService:
+        message = Message(
+            id=MESSAGE_ID,
+            queue="queue_admin",
+            type="queue.alert",
+            subscriber="notifications.mail_alert",
+            attempt=1,
+            priority=Priority.URGENT,
+            metadata={},
+            created_at=datetime(2026, 3, 1, 12),
+        )
+        alerted = load_settings({"ALERT_MAIL_TO": mail_to, "ALERT_WEBHOOK_URL": webhook}).alerting
+        made: NotificationsService = worker_factory(
+            NotificationsService,
+            db=Session(house.engine),
+            mail=mailer,
+            message=message,
+            alerted=alerted,
+        )
+        return made
+
+
+class TestWebhook:
+    """What it says of an address that cannot be posted to is its host alone."""
+
+    def test_that_is_not_there_says_so(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        self.check_refused(port, "127.0.0.1: ConnectionError")
+
+    @pytest.mark.parametrize(
+        ("status", "said"),
+        [
+            ("302 Found\r\nLocation: http://127.0.0.1:1/", "HTTP status 302"),
+            ("429 Too Many Requests", "HTTP status 429"),
+            ("500 Oops", "HTTP status 500"),
+        ],
+    )
+    def test_that_does_not_take_it_says_so(self, status: str, said: str) -> None:
+        listener = eventlet.listen(("127.0.0.1", 0))
+
+        def answer() -> None:
+            client, _ = listener.accept()
+            client.recv(65536)
+            client.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode())
+            client.close()
+
+        serving = eventlet.spawn(answer)
+        self.check_refused(listener.getsockname()[1], f"127.0.0.1: {said}")
+        serving.wait()
+        listener.close()
+
+    def test_that_does_not_answer_is_not_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(webhook, "POST_SECONDS", 0.2)
+        listener = eventlet.listen(("127.0.0.1", 0))
+        self.check_refused(listener.getsockname()[1], "127.0.0.1: ")
+        listener.close()
+
+    def check_refused(self, port: int, said: str) -> None:
+        url = f"http://127.0.0.1:{port}/s3cret"
+        with pytest.raises(webhook.WebhookError, match=f"^{said}") as raised:
+            webhook.post_json(url, ALERT, MESSAGE_ID)
+        assert "s3cret" not in "".join(traceback.format_exception(raised.value))
 
 
 class TestContract:

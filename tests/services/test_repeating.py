@@ -8,6 +8,7 @@ from typing import Any
 
 from services.company import CompanyService
 from services.notifications import NotificationsService
+from shared.settings import load_settings
 from shared.testing.chaos import ChaosRunner, Point
 
 WHO = {"user_id": "u1", "email": "ada@acme.example"}
@@ -57,6 +58,24 @@ class TestCompany:
 class TestNotifications:
     def test_is_safe_to_repeat(self, chaos_runner: ChaosRunner) -> None:
         chaos_runner(NotificationsService, [registered(ADA)]).assert_safe()
+
+    def test_tells_of_alerts_and_is_safe_to_repeat(self, chaos_runner: ChaosRunner) -> None:
+        alert = {
+            "alert_id": 7,
+            "status": "firing",
+            "queue_name": "user-events",
+            "rule": "dead_letters",
+            "value": 12.0,
+            "threshold": 10.0,
+            "began_at": "2026-03-01T12:00:00.000Z",
+            "subscribers": ["notifications.send_welcome"],
+            "summary": "user-events has 12 dead letters.",
+        }
+        alerted = {"alerted": load_settings({"ALERT_MAIL_TO": "ops@example.org"}).alerting}
+        events = [("queue_admin", "queue.alert", alert)]
+        report = chaos_runner(NotificationsService, events, dependencies=alerted)
+        report.assert_safe()
+        assert len(report.handlers) == 2
 
     def test_sends_twice_only_what_was_taken_and_not_noted(self, chaos_runner: ChaosRunner) -> None:
         mail = {"mail": CountingMailer()}
