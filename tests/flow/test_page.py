@@ -455,6 +455,27 @@ class TestThePage:
             assert (missing.status_code, missing.json()["type"]) == (404, "/problems/not-found")
 
 
+def test_an_alert_is_shown_above_the_queues_until_it_is_over(browser, tmp_path):
+    site = Site(tmp_path, QUEUE_ALERT_SECONDS="0.2", QUEUE_ALERT_DEAD_LETTERS="1")
+    visit = browser.visitor(site.admin)
+    visit.open()
+    alerts = visit.page.get_by_role("status", name="Alerts")
+    expect(visit.heading("Queues")).to_be_visible()
+    expect(alerts).to_have_text("")
+
+    message_id = site.failed("alert@example.com")
+
+    said = f"user-events has 1 dead letter ({MAILER}); 1 is the threshold."
+    expect(alerts.get_by_role("listitem")).to_contain_text(said)
+    url = f"http://{site.admin}/queue/messages/{message_id}/discard"
+    assert requests.post(url, timeout=20).status_code == 200
+    expect(alerts).to_have_text("")
+    visit.close()
+    assert visit.other_hosts() == []
+    assert visit.wrong() == []
+    site.close()
+
+
 def test_a_token_is_asked_for_once(browser, tmp_path):
     secret = "s3cret-s3cret-s3cret"
     site = Site(tmp_path, QUEUE_ADMIN_AUTH="token", QUEUE_ADMIN_TOKENS=f"ada:{secret}")

@@ -167,7 +167,7 @@ class Visitor:
 
     def result(self) -> Any:
         """Return what a reader of screens is told of what was done."""
-        return self.page.get_by_role("status")
+        return self.page.locator("#said[role=status]")
 
     def forgive(self, *words: str) -> None:
         """Take what has these words for right: Chromium notes each answer that is a refusal."""

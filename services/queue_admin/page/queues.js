@@ -1,5 +1,6 @@
 // All queues at a glance.
 
+import { alertList, firing } from "./alerts.js";
 import { get, path, post } from "./api.js";
 import { columns, line } from "./charts.js";
 import { h } from "./dom.js";
@@ -13,9 +14,13 @@ const waited = new Map();
 export function queues() {
   return {
     title: "Queues",
-    load: async () => remember(await get("/queue/stats")),
+    load: async () => {
+      const [shown, alerts] = await Promise.all([get("/queue/stats"), firing()]);
+      return { ...remember(shown), alerts };
+    },
     draw: (shown) => [
       heading("Queues"),
+      alertList(shown.alerts),
       shown.queues.length
         ? h(
             "div",
