@@ -14,6 +14,7 @@
     │   └── RampRunningError       a group that is to be ramped up is already
     ├── RampNotFoundError          no such ramp
     ├── QueueNotKnownError         no such queue, for who is to be told of it
+    ├── ScheduleNotFoundError      no such schedule
     ├── SubscriptionNotFoundError  no such subscription, or it is retired
     ├── SubscriptionLiveError      a subscription that is to be retired has a live consumer
     ├── StoreUnavailableError      the log's database does not answer
@@ -123,6 +124,10 @@ class RampNotFoundError(QueueError):
 
 class QueueNotKnownError(QueueError):
     """Raised when nothing is known of a queue, or there are no alerts of it."""
+
+
+class ScheduleNotFoundError(QueueError):
+    """Raised when there is no schedule of that name."""
 
 
 class StoreUnavailableError(QueueError):

@@ -369,6 +369,36 @@ audit_log = Table(
 )
 """Who did what through queue_admin or queuectl."""
 
+schedules = Table(
+    "queue_schedules",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("queue_name", String(200), nullable=False),
+    Column("message_type", String(200), nullable=False),
+    Column("payload", JsonText(), nullable=False),
+    Column("priority", String(20), nullable=False),
+    Column("metadata", JsonText(), nullable=True),
+    Column("cron", String(255), nullable=False),
+    Column("time_zone", String(255), nullable=False),
+    Column("enabled", Boolean, nullable=False),
+    # The next occurrence; none while it is paused, or when there is none any more. Who
+    # dispatches one moves it on in the same transaction, if it is still what it was.
+    Column("next_at", millis(), nullable=True),
+    # The occurrence that was dispatched last, or when it was run by hand; and as what.
+    Column("last_at", millis(), nullable=True),
+    Column("last_message_id", String(36), nullable=True),
+    # Occurrences that were missed, and for which a later one stands.
+    Column("skipped", BigInteger, nullable=False, server_default="0"),
+    # Why the last one could not be dispatched, if it could not.
+    Column("error", Text, nullable=True),
+    Column("error_at", millis(), nullable=True),
+    Column("updated_by", String(255), nullable=False),
+    Column("updated_at", millis(), nullable=False),
+    Index("ix_queue_schedules_next", "next_at"),
+    **TEXT,
+)
+"""What is dispatched at the times of a cron expression."""
+
 rpc_services = Table(
     "queue_rpc_services",
     metadata,

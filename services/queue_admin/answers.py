@@ -383,6 +383,38 @@ class Retired(Schema):
     retired = fields.Bool(required=True)
 
 
+class Schedule(Schema):
+    name = _text()
+    queueName = _text()
+    messageType = _text()
+    payload = fields.Raw(required=True, allow_none=True)
+    priority = _text(validate=validate.OneOf([each.value for each in Priority]))
+    metadata = fields.Dict(required=True)
+    cron = _text()
+    timeZone = _text()
+    sentence = _text(metadata={"description": "What the expression means."})
+    enabled = fields.Bool(required=True, metadata={"description": "Whether it is not paused."})
+    nextAt = _maybe()
+    lastAt = _maybe()
+    lastMessageId = _maybe()
+    skipped = _count(
+        metadata={"description": "Occurrences that were missed, and for which a later one stands."}
+    )
+    error = _maybe(metadata={"description": "Why the last occurrence was not dispatched."})
+    errorAt = _maybe()
+    updatedBy = _text()
+    updatedAt = _text()
+
+
+class ScheduleList(Schema):
+    schedules = fields.List(fields.Nested(Schedule), required=True)
+
+
+class ScheduleRemoved(Schema):
+    name = _text()
+    removed = fields.Bool(required=True)
+
+
 class Entry(Schema):
     id = fields.Int(required=True)
     at = _text()

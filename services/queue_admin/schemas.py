@@ -173,6 +173,18 @@ class RescheduleSchema(Schema):
     scheduled_at = Time(required=True, data_key="scheduledAt")
 
 
+class ScheduleSchema(Schema):
+    """The body of ``PUT /queue/schedules/<name>``."""
+
+    queue_name = fields.Str(required=True, data_key="queueName", validate=_name)
+    message_type = fields.Str(required=True, data_key="messageType", validate=_name)
+    payload = fields.Raw(required=True, allow_none=True)
+    cron = fields.Str(required=True, validate=_word)
+    time_zone = fields.Str(load_default="UTC", data_key="timeZone", validate=_word)
+    priority = fields.Str(load_default="normal", validate=validate.OneOf(list(Priority)))
+    metadata = fields.Dict(keys=fields.Str())
+
+
 class SubscriptionsSchema(Schema):
     """The query of ``GET /queue/subscriptions``."""
 

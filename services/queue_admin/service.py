@@ -14,6 +14,7 @@ from services.queue_admin.openapi import page_of, specification
 from services.queue_admin.pages import PageCalls
 from services.queue_admin.ramps import RampCalls
 from services.queue_admin.routes import http, unguarded
+from services.queue_admin.schedules import ScheduleCalls
 from services.queue_admin.subscriptions import SubscriptionCalls
 from shared.events.operations import AuditTimer
 from shared.observe.metrics import exposed, log_registry
@@ -25,6 +26,7 @@ class QueueAdminService(
     RampCalls,
     SubscriptionCalls,
     AlertCalls,
+    ScheduleCalls,
     PageCalls,
 ):
     """Shows what there is, says why, repairs it, and says how the queue is."""

@@ -256,8 +256,8 @@ def publish(
     **options: Any,
 ) -> None:
     """Publish one message into QUEUE; PAYLOAD is JSON, and - reads it from standard input."""
-    body = _json("PAYLOAD", sys.stdin.read() if payload == "-" else payload)
-    kept = None if metadata is None else _json("--metadata", metadata)
+    body = as_json("PAYLOAD", sys.stdin.read() if payload == "-" else payload)
+    kept = None if metadata is None else as_json("--metadata", metadata)
     with operations(settings) as opened:
         message_id = opened.publish_as(
             actor(),
@@ -271,7 +271,11 @@ def publish(
     say(is_json, {"messageId": message_id}, message_id)
 
 
-def _json(name: str, text: str) -> Any:
+def as_json(name: str, text: str) -> Any:
+    """Return what a JSON text says.
+
+    :raises WrongArgument: when it is none.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as exc:

@@ -15,6 +15,7 @@ from shared.cli.config import config
 from shared.cli.failures import Failure, WrongArgument
 from shared.cli.rabbitmq import rabbitmq
 from shared.cli.ramps import ramp
+from shared.cli.schedules import schedules
 from shared.cli.transfer import export_messages, import_messages
 from shared.database import database_url, make_engine, make_reader, seconds_between, utc_now
 from shared.errors import SettingsError
@@ -64,6 +65,7 @@ for _command in (
     looking.why,
     rabbitmq,
     ramp,
+    schedules,
 ):
     main.add_command(_command)
 

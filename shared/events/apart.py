@@ -679,18 +679,19 @@ class ApartPump(Pump):
 
     def _call(self, call: Call) -> None:
         try:
-            value = self._database.run(partial(self._call_and_queue, call))
+            value, new = self._database.run(partial(self._call_and_queue, call))
         except (QueueError, SQLAlchemyError) as exc:
             self._mailbox.answer(call.promise.reject, exc)
         else:
+            self._note_alone(new)
             self._sweep_at = 0.0
             self._mailbox.answer(call.promise.resolve, value)
 
     @staticmethod
-    def _call_and_queue(call: Call, tx: Transaction) -> Any:
+    def _call_and_queue(call: Call, tx: Transaction) -> tuple[Any, list[Delivery]]:
         value, new = call.function(tx)
         backlog.give_back(tx, new)
-        return value
+        return value, new
 
     # --- the end
 

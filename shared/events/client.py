@@ -29,10 +29,11 @@ from shared.events.unlogged import UnloggedPump
 from shared.lifecycle import DeliveryStatus
 from shared.native import Mailbox, Promise, Thread
 from shared.observe.counts import ServiceCounts
-from shared.providers import QueueProvider, check_provider, make_provider
+from shared.providers import Capabilities, QueueProvider, check_provider, make_provider
 from shared.settings import Settings, refuse_start, settings_or_exit
 from shared.stopping import stopper
 from shared.store.dedupe import First
+from shared.store.log import IN_LOG, Handover
 from shared.types import Delivery, Envelope, Failure, Lease, Outcome, Subscription
 
 if TYPE_CHECKING:
@@ -213,6 +214,11 @@ class QueueClient(SharedExtension):
         """Whether the provider works in the log's own tables."""
         return self._is_joined
 
+    @property
+    def handover(self) -> Handover:
+        """What becomes of deliveries that a :meth:`call` appends."""
+        return self._handover
+
     # --- within
 
     def _expose(self) -> None:
@@ -228,6 +234,7 @@ class QueueClient(SharedExtension):
     def _make_pump(self) -> Pump | UnloggedPump:
         provider = make_provider(self.settings)
         self._is_joined = provider.capabilities.joins_log
+        self._handover = handover_of(provider.capabilities)
         kind: type[Pump | UnloggedPump] = ApartPump
         if not self.settings.log:
             kind = UnloggedPump
@@ -320,6 +327,13 @@ class QueueClient(SharedExtension):
         _log.critical("the queue's thread ended", exc_info=error)
         # in a greenthread of its own: killing ends the one that brings us this
         eventlet.spawn_n(self.container.kill, (type(error), error, error.__traceback__))
+
+
+def handover_of(capabilities: Capabilities) -> Handover:
+    """Return what becomes of deliveries that are stored in a call, to be published after it."""
+    if capabilities.joins_log:
+        return IN_LOG
+    return Handover(is_open=True, fans_out=capabilities.fans_out)
 
 
 def first_id(envelope: Envelope, first: First | None) -> str:

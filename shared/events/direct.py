@@ -22,9 +22,10 @@ from shared.errors import (
     StoreUnavailableError,
 )
 from shared.events.alerts import Alerts
-from shared.events.client import first_id
+from shared.events.client import first_id, handover_of
 from shared.events.ramps import Ramps
 from shared.events.repairs import Operations
+from shared.events.schedules import Schedules
 from shared.native import sleep
 from shared.providers import QueueProvider, make_provider
 from shared.settings import Settings
@@ -65,6 +66,14 @@ class DirectClient:
     def joins_log(self) -> bool:
         """Whether the provider works in the log's own tables."""
         return self._provider.capabilities.joins_log
+
+    @property
+    def handover(self) -> Handover:
+        """What becomes of what a call appends: as if the provider were away.
+
+        So what is older goes before it.
+        """
+        return handover_of(self._provider.capabilities)
 
     def read(self, query: Callable[..., Any], *args: Any) -> Any:
         """Return what ``query(connection, *args)`` returns.
@@ -167,19 +176,11 @@ class DirectClient:
             tx,
             [envelope for envelope in envelopes if envelope.id not in firsts],
             self.settings.retries.limit,
-            handover=self._handover,
+            handover=self.handover,
         )
         if self.joins_log and new:
             self._provider.publish(new, tx)
         return new, firsts
-
-    @property
-    def _handover(self) -> Handover:
-        if self.joins_log:
-            return log.IN_LOG
-        # as if the provider were away: so what is older goes before it
-        fans_out = self._provider.capabilities.fans_out
-        return Handover(backlog.PUBLISH_SECONDS, is_open=True, fans_out=fans_out)
 
     # --- handing over to the provider what is stored
 
@@ -255,6 +256,14 @@ class DirectRamps(Ramps):
 
 class DirectAlerts(Alerts):
     """:class:`Alerts` for one command."""
+
+    def __init__(self, client: DirectClient) -> None:
+        self.client = client
+        self.reader = client
+
+
+class DirectSchedules(Schedules):
+    """:class:`Schedules` for one command: a service dispatches what is due."""
 
     def __init__(self, client: DirectClient) -> None:
         self.client = client

@@ -24,6 +24,7 @@ from shared.providers import QueueProvider
 from shared.settings import Settings, refuse_start, settings_or_exit
 from shared.store import queries, repair
 from shared.store.gauges import LogGauges, log_gauges
+from shared.store.log import Handover
 from shared.types import Dedupe, Delivery, Envelope, Subscription
 
 _log = logging.getLogger(__name__)
@@ -90,6 +91,10 @@ class LogClient(Protocol):
     @property
     def joins_log(self) -> bool:
         """See :attr:`QueueClient.joins_log`."""
+
+    @property
+    def handover(self) -> Handover:
+        """See :attr:`QueueClient.handover`."""
 
     def append(self, envelopes: Sequence[Envelope]) -> list[str]:
         """See :meth:`QueueClient.append`."""

@@ -26,6 +26,7 @@ from shared.errors import (
     RampNotFoundError,
     RampRunningError,
     RpcTimeoutError,
+    ScheduleNotFoundError,
     StoreUnavailableError,
     SubscriptionLiveError,
     SubscriptionNotFoundError,
@@ -93,7 +94,7 @@ def problem_of(error: BaseException) -> Problem:
                 "The Idempotency-Key is used already",
                 detail="A request with this Idempotency-Key came before, with another body",
             )
-        case _ if isinstance(error, _MISSING):
+        case QueueError() if type(error) in _MISSING:
             return _missing(error)
         case NothingToChangeError() | SubscriptionLiveError():
             return _conflict(error)
@@ -104,22 +105,19 @@ def problem_of(error: BaseException) -> Problem:
     return Problem(500, "internal-error", "Internal error")
 
 
-_MISSING = (
-    MessageNotFoundError,
-    QueueNotKnownError,
-    RampNotFoundError,
-    SubscriptionNotFoundError,
-)
+_MISSING: Mapping[type[QueueError], str] = {
+    MessageNotFoundError: "message",
+    QueueNotKnownError: "queue",
+    RampNotFoundError: "ramp",
+    ScheduleNotFoundError: "schedule",
+    SubscriptionNotFoundError: "subscription",
+}
+"""What there is none of."""
 
 
-def _missing(error: BaseException) -> Problem:
-    if isinstance(error, QueueNotKnownError):
-        return Problem(404, "queue-not-found", "No such queue", detail=str(error))
-    if isinstance(error, SubscriptionNotFoundError):
-        return Problem(404, "subscription-not-found", "No such subscription", detail=str(error))
-    if isinstance(error, RampNotFoundError):
-        return Problem(404, "ramp-not-found", "No such ramp", detail=str(error))
-    return Problem(404, "message-not-found", "No such message", detail=str(error))
+def _missing(error: QueueError) -> Problem:
+    name = _MISSING[type(error)]
+    return Problem(404, f"{name}-not-found", f"No such {name}", detail=str(error))
 
 
 def _conflict(error: QueueError) -> Problem:
@@ -143,6 +141,7 @@ ANSWERS = (
     SubscriptionLiveError,
     RampNotFoundError,
     QueueNotKnownError,
+    ScheduleNotFoundError,
     ProviderUnavailableError,
     DispatchError,
     StoreUnavailableError,
