@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -47,6 +47,7 @@ class Priority(StrEnum):
 
 
 _RANKS = {Priority.URGENT: 0, Priority.HIGH: 1, Priority.NORMAL: 2, Priority.LOW: 3}
+_BY_RANK = {rank: priority for priority, rank in _RANKS.items()}
 
 
 LONGEST_ROUTE_BYTES = 255
@@ -115,6 +116,12 @@ class Envelope:
     def payload(self) -> Any:
         """The payload, decoded anew at each call."""
         return json.loads(self.body)
+
+    def ranked(self, rank: int) -> Envelope:
+        """Return it with the priority of a rank: that of a delivery may be another."""
+        if self.priority.rank == rank:
+            return self
+        return replace(self, priority=_BY_RANK[rank])
 
 
 @dataclass(frozen=True, slots=True)

@@ -383,6 +383,17 @@ class Retired(Schema):
     retired = fields.Bool(required=True)
 
 
+class Replayed(Schema):
+    messages = _count(metadata={"description": "Messages of its type that were looked at."})
+    replayed = _count(metadata={"description": "Deliveries that were added."})
+    mark = fields.Int(
+        required=True,
+        allow_none=True,
+        metadata={"description": "What to go on with, where they are delivered again."},
+    )
+    nextCursor = _maybe()
+
+
 class Schedule(Schema):
     name = _text()
     queueName = _text()

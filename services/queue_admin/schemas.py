@@ -191,6 +191,29 @@ class SubscriptionsSchema(Schema):
     queue = fields.Str(validate=_name)
 
 
+class ReplaySchema(Schema):
+    """The body of ``POST /queue/subscriptions/<subscription_id>/replay``."""
+
+    since = Time(data_key="from")
+    until = Time(data_key="to")
+    again = fields.Bool(load_default=False, truthy={True}, falsy={False})
+    mark = fields.Int(strict=True, validate=validate.Range(0, 2**63 - 1))
+    cursor = fields.Str(validate=validate.Length(1, LONGEST_TEXT))
+    limit = fields.Int(strict=True, load_default=1000, validate=validate.Range(1, MOST_RETRIED))
+
+    @validates_schema
+    def _check_mark(self, data: Mapping[str, Any], **_: Any) -> None:
+        if "mark" in data and not data.get("again"):
+            raise ValidationError({"mark": ["Is for what is delivered again."]})
+
+    @post_load
+    def _plain(self, data: dict[str, Any], **_: Any) -> dict[str, Any]:
+        for name in ("since", "until"):
+            if name in data:
+                data[name] = data[name].replace(tzinfo=None)
+        return data
+
+
 class AuditLogSchema(Schema):
     """The query of ``GET /queue/audit-log``."""
 

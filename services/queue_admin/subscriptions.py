@@ -8,7 +8,7 @@ from werkzeug.wrappers import Request
 
 from services.queue_admin import answers
 from services.queue_admin.routes import Calls, actor, http
-from services.queue_admin.schemas import SubscriptionsSchema
+from services.queue_admin.schemas import ReplaySchema, SubscriptionsSchema
 from shared.web import Problem
 
 
@@ -67,6 +67,18 @@ class SubscriptionCalls(Calls):
     def retire(self, request: Request, subscription_id: int) -> Any:
         """End a subscription whose handler is gone, and discard what waits for it."""
         return self.operations.retire(actor(request), subscription_id)
+
+    @http(
+        "POST",
+        "/queue/subscriptions/<int:subscription_id>/replay",
+        schema=ReplaySchema,
+        answers=answers.Replayed,
+        status=202,
+        refusals=[404],
+    )
+    def replay(self, request: Request, body: dict[str, Any], subscription_id: int) -> Any:
+        """Deliver messages of a stretch of history to a subscription, and to no other."""
+        return 202, self.operations.replay(actor(request), subscription_id, **body)
 
     @http("POST", "/queue/queues/<queue>/pause", answers=answers.Paused, refusals=[404])
     def pause_queue(self, request: Request, queue: str) -> Any:

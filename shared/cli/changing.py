@@ -25,7 +25,7 @@ from shared.cli.working import (
 )
 from shared.errors import NothingToRetryError
 from shared.events.direct import DirectOperations
-from shared.events.repairs import BATCH
+from shared.events.replays import BATCH
 from shared.events.retention import Pruner
 from shared.settings import Settings
 from shared.store.listing import Filters
@@ -230,6 +230,57 @@ def retire(settings: Settings, subscription: int, is_json: bool) -> None:
     with operations(settings) as opened:
         retired = opened.retire(actor(), subscription)
     say(is_json, retired, f"retired: {subscription}")
+
+
+@click.command()
+@click.argument("subscription", type=click.IntRange(1))
+@click.option("--since", type=time, help="Stored at this time or later; else from the first.")
+@click.option("--until", type=time, help="Stored before this time; else up to now.")
+@click.option("--again", is_flag=True, help="Those as well that it had, if that is done with.")
+@click.option("--mark", type=click.IntRange(0), help="Go on with what --again had begun.")
+@with_json
+@click.pass_obj
+def replay(
+    settings: Settings,
+    /,
+    subscription: int,
+    since: datetime | None,
+    until: datetime | None,
+    again: bool,
+    mark: int | None,
+    is_json: bool,
+) -> None:
+    """Deliver a stretch of history to SUBSCRIPTION, an id, and to no other: what it never had.
+
+    May be broken off, and given again: no message is delivered twice, with --again if --mark
+    is given as well.
+    """
+    if mark is not None and not again:
+        raise click.UsageError("--mark is for --again")
+    since, until = (each and each.replace(tzinfo=None) for each in (since, until))
+    done: dict[str, int] = {"messages": 0, "replayed": 0}
+    cursor: str | None = None
+    with operations(settings) as opened, progress("replaying messages") as shown:
+        while True:
+            page = opened.replay(
+                actor(),
+                subscription,
+                since=since,
+                until=until,
+                again=again,
+                mark=mark,
+                cursor=cursor,
+            )
+            if again and mark is None:
+                mark = page["mark"]
+                click.echo(f"to go on with it: --mark {mark}", err=True)
+            done = {key: done[key] + page[key] for key in done}
+            shown.update(shown.task_ids[0], completed=done["messages"])
+            cursor = page["nextCursor"]
+            if cursor is None:
+                break
+    text = f"{done['replayed']} replayed, of {done['messages']} messages"
+    say(is_json, {**done, "mark": mark}, text)
 
 
 @click.command()

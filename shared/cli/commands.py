@@ -50,6 +50,7 @@ for _command in (
     changing.pause,
     changing.prune,
     changing.publish,
+    changing.replay,
     changing.resume,
     changing.retire,
     changing.retry,

@@ -15,7 +15,7 @@ from shared.cli.printing import print_json, progress, with_json
 from shared.cli.working import actor, are_none, operations, with_filters
 from shared.errors import PayloadError
 from shared.events import transfer
-from shared.events.repairs import BATCH
+from shared.events.replays import BATCH
 from shared.events.transfer import Import, Imported
 from shared.settings import Settings
 from shared.store.listing import Filters

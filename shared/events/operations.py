@@ -112,6 +112,13 @@ class LogClient(Protocol):
         """See :meth:`QueueClient.forget`."""
 
 
+class Reader(Protocol):
+    """What reads the message log."""
+
+    def read(self, query: Callable[..., Any], *args: Any) -> Any:
+        """See :meth:`LogReader.read`."""
+
+
 class Publisher:
     """Publishes into any queue, on behalf of the service whose queue it is."""
 

@@ -14,8 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from shared.database import Transaction, utc_now
 from shared.errors import QueueError
 from shared.events.client import QueueClient
-from shared.events.operations import LogClient, LogReader
-from shared.events.repairs import Reader
+from shared.events.operations import LogClient, LogReader, Reader
 from shared.store import ramps
 from shared.types import Delivery
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from nameko.extensions import DependencyProvider
 from sqlalchemy import Connection, select
@@ -25,7 +25,8 @@ from shared.errors import (
 )
 from shared.events.client import QueueClient
 from shared.events.dispatcher import make_envelope
-from shared.events.operations import LogReader, Publisher
+from shared.events.operations import LogReader, Publisher, Reader
+from shared.events.replays import BATCH, MOST_PAGES, Replays
 from shared.lifecycle import MessageStatus
 from shared.store import (
     causes,
@@ -39,6 +40,7 @@ from shared.store import (
     trail,
 )
 from shared.store.listing import ANY, Filters, Place
+from shared.store.repair import ORIGIN
 from shared.store.trail import Deed
 from shared.store.why import Provider, why
 from shared.tables import MESSAGE_COLUMNS, OWN_METADATA, envelope_of, messages
@@ -46,24 +48,8 @@ from shared.types import Delivery, Envelope, Subscription
 
 _log = logging.getLogger(__name__)
 
-BATCH = 200
-"""Messages or deliveries that one transaction changes: others wait for it meanwhile."""
 
-MOST_PAGES = 10
-"""Searches of one call; the next one goes on from where it ended."""
-
-ORIGIN = "origin"
-"""The key of the suite's own metadata that holds the id of the message that this one replaces."""
-
-
-class Reader(Protocol):
-    """What reads the message log."""
-
-    def read(self, query: Callable[..., Any], *args: Any) -> Any:
-        """See :meth:`LogReader.read`."""
-
-
-class Operations(Publisher):
+class Operations(Publisher, Replays):
     """Looks at messages and subscriptions, and repairs them.
 
     ``actor`` says who does it, for the audit log.

@@ -19,8 +19,7 @@ from shared.errors import PayloadError, QueueError, ScheduleNotFoundError
 from shared.events.client import QueueClient
 from shared.events.cron import Cron, Due
 from shared.events.dispatcher import make_envelope
-from shared.events.operations import LogClient, LogReader
-from shared.events.repairs import Reader
+from shared.events.operations import LogClient, LogReader, Reader
 from shared.observe.traces import Dispatching
 from shared.store import log, schedules, trail
 from shared.store.queries import iso

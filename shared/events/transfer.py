@@ -18,12 +18,15 @@ from sqlalchemy import Connection, select
 from shared.database import Transaction
 from shared.errors import PayloadError
 from shared.events.dispatcher import make_envelope
-from shared.events.repairs import BATCH, ORIGIN, Operations, Reader
+from shared.events.operations import Reader
+from shared.events.repairs import Operations
+from shared.events.replays import BATCH
 from shared.lifecycle import WAITING, DeliveryStatus, MessageStatus
 from shared.settings import Settings
 from shared.store import dedupe, listing, log, repair, subscriptions, trail
 from shared.store.listing import Filters, Place
 from shared.store.queries import iso
+from shared.store.repair import ORIGIN
 from shared.store.trail import Deed
 from shared.tables import OWN_METADATA, deliveries, messages
 from shared.tables import subscriptions as subscriptions_table

@@ -121,6 +121,7 @@ _ALL_OF = Prepared(
         c.attempts,
         c.lease_token,
         c.available_at,
+        c.priority_rank,
     )
     .where(c.message_id.in_(_IDS))
     .order_by(c.seq)
@@ -232,7 +233,7 @@ def take(tx: Transaction) -> list[Delivery]:
         Delivery(
             row.seq,
             row.subscription_id,
-            envelopes[row.message_id],
+            envelopes[row.message_id].ranked(row.priority_rank),
             attempts=row.attempts,
             delay=log.seconds_until(tx, row.available_at),
             token=row.lease_token,

@@ -49,12 +49,15 @@ def list_subscriptions(
     return [_shown(row, now, counts[row.id], oldest.get(row.id)) for row in rows]
 
 
-def find(connection: Connection, subscription_id: int) -> Subscription:
+def find(connection: Connection, subscription_id: int, *, locks: bool = False) -> Subscription:
     """Return a subscription that gets events.
 
+    :param locks: nobody else changes it in this transaction.
     :raises SubscriptionNotFoundError: when there is none of that id.
     """
     wanted = select(*SUBSCRIPTION_COLUMNS).where(s.id == subscription_id, s.retired_at.is_(None))
+    if locks:
+        wanted = wanted.with_for_update()
     # SQLite raises for what is larger
     row = connection.execute(wanted).first() if subscription_id < 1 << 31 else None
     if row is None:

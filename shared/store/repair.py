@@ -24,6 +24,9 @@ from shared.types import Delivery, Envelope
 
 c = deliveries.c
 
+ORIGIN = "origin"
+"""The key of the suite's own metadata that holds the id of the message that this one replaces."""
+
 _SEQS: Any = bindparam("seqs", expanding=True)
 
 _RETRY = Prepared(
@@ -75,7 +78,7 @@ def retry(tx: Transaction, seqs: Sequence[int]) -> list[Delivery]:
     again = [row.seq for row in rows]
     _RETRY.change(tx, {"seqs": again})
     failures.remove(tx, again)
-    envelopes = _envelopes(tx, {row.message_id for row in rows})
+    envelopes = envelopes_of(tx, {row.message_id for row in rows})
     refresh(tx, envelopes)
     return [
         Delivery(row.seq, row.subscription_id, envelopes[row.message_id], token=row.lease_token)
@@ -127,7 +130,7 @@ def reschedule(tx: Transaction, message_id: str, scheduled_at: datetime) -> list
     delay = seconds_until(tx, scheduled_at)
     its = messages.c.id == message_id
     tx.connection.execute(update(messages).where(its).values(scheduled_at=scheduled_at))
-    envelope = _envelopes(tx, {message_id})[message_id]
+    envelope = envelopes_of(tx, {message_id})[message_id]
     new = [
         {
             "message_id": message_id,
@@ -175,7 +178,7 @@ def restore(
     :param max_retries: as for :func:`shared.store.log.append`.
     """
     store(tx, [envelope], max_retries)
-    stored = _envelopes(tx, {envelope.id})[envelope.id]
+    stored = envelopes_of(tx, {envelope.id})[envelope.id]
     is_later = seconds_until(tx, stored.scheduled_at) > 0
     new = [
         {
@@ -259,6 +262,7 @@ def _lock_rows(tx: Transaction, seqs: Sequence[int], *conditions: ColumnElement[
     )
 
 
-def _envelopes(tx: Transaction, ids: Collection[str]) -> dict[str, Envelope]:
+def envelopes_of(tx: Transaction, ids: Collection[str]) -> dict[str, Envelope]:
+    """Return the envelopes of messages, by their ids."""
     rows = tx.connection.execute(select(*MESSAGE_COLUMNS).where(messages.c.id.in_(list(ids))))
     return {row.id: envelope_of(row) for row in rows}

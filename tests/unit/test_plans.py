@@ -25,13 +25,16 @@ from shared.store import (
     queries,
     ramps,
     repair,
+    replay,
     retention,
+    schedules,
     subscriptions,
     summary,
     trail,
 )
 from shared.store.gauges import log_gauges
-from shared.store.listing import Filters
+from shared.store.listing import Filters, Place
+from shared.store.replay import Stretch
 from shared.store.why import Provider, why
 from shared.types import Failure
 from tests.unit.message_log import FAILED, Log
@@ -50,6 +53,8 @@ MODULES = (
     ramps,
     repair,
     retention,
+    replay,
+    schedules,
     subscriptions,
     summary,
 )
@@ -111,6 +116,12 @@ QUESTIONS = {
     "audit log": lambda c, _: trail.entries(c, 10, 50),
     "measures": lambda c, _: measures.measure(c, utc_now(c)),
     "alerts": lambda c, _: (alerts.list_alerts(c), alerts.own_thresholds(c)),
+    "replay": lambda c, id_: (
+        replay.look(c, consumers.of_queue(c, "orders")[0], Stretch(), Place(listing.FIRST, "")),
+        replay.lacking(c, 1, [id_], 0),
+        replay.newest(c),
+    ),
+    "due": lambda c, _: schedules.due(c, utc_now(c)),
     "metrics": lambda c, _: log_gauges(c, joins_log=False),
 }
 
