@@ -1,0 +1,202 @@
+"""Schedules over HTTP and from the command line, beside who handles what they dispatch."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+
+import pytest
+from click.testing import CliRunner
+
+from shared.cli import main
+from tests.flow.conftest import BACKENDS
+from tests.flow.test_operations import QUEUE, Site
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.flow
+
+EVERY_SECOND = {
+    "queueName": QUEUE, "messageType": "patient.asked", "payload": {"a": 1}, "cron": "* * * * * *",
+}  # fmt: skip
+NIGHTLY = {**EVERY_SECOND, "cron": "30 2 * * *", "timeZone": "Europe/Berlin"}
+
+
+class ScheduleSite(Site):
+    """Where schedules are made."""
+
+    def put(self, name, status=200, **body):
+        answer = self.call("PUT", f"/queue/schedules/{name}", json=body)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    def act(self, name, word, status=200):
+        return self.post(f"/queue/schedules/{name}/{word}", status)
+
+    def schedules(self):
+        return {each["name"]: each for each in self.get("/queue/schedules")["schedules"]}
+
+    def second(self):
+        """Start another queue_admin."""
+        return self.flow.run("services.queue_admin", QUEUE_ADMIN_ADDRESS="127.0.0.1:0")
+
+    def occurrences(self):
+        """Return of all messages the occurrence that they are of, in their order."""
+        found, cursor = [], {}
+        while True:
+            page = self.get("/queue/messages", queue=QUEUE, limit=100, **cursor)
+            for each in page["messages"]:
+                its = self.message(each["messageId"])["metadata"]["schedule"]["occurrence"]
+                found.append(datetime.fromisoformat(its))
+            if page["nextCursor"] is None:
+                return sorted(found)
+            cursor = {"cursor": page["nextCursor"]}
+
+
+def check_each_once(found, shown):
+    """Check that none came twice, and that none was left out that is not counted."""
+    assert len(set(found)) == len(found)
+    span = found[-1] - found[0]
+    # on a busy machine one may be late for more than a second
+    assert span.total_seconds() + 1 == len(found) + shown["skipped"]
+
+
+@pytest.fixture(params=list(BACKENDS))
+def site(request, tmp_path):
+    made = ScheduleSite(tmp_path, dict(BACKENDS[request.param](request)))
+    yield made
+    made.flow.close()
+
+
+@pytest.fixture
+def plain_site(tmp_path):
+    made = ScheduleSite(tmp_path, {})
+    yield made
+    made.flow.close()
+
+
+def test_each_occurrence_is_dispatched_once_by_two_of_which_one_is_killed(site):
+    second = site.second()
+    site.put("tick", **EVERY_SECOND)
+    site.flow.effects.wait_for(5, handler="first")
+
+    second.kill()
+
+    site.flow.effects.wait_for(11, handler="first")
+    site.act("tick", "pause")
+    found = site.occurrences()
+    assert len(found) >= 11
+    shown = site.schedules()["tick"]
+    check_each_once(found, shown)
+    assert (shown["error"], shown["nextAt"]) == (None, None)
+    assert datetime.fromisoformat(shown["lastAt"]) == found[-1]
+    wait_until(lambda: site.flow.stats()["completed"] == len(found), 20, "all to be handled")
+    ran = [each["id"] for each in site.flow.effects.all(handler="first")]
+    assert len(ran) == len(set(ran)) == len(found)
+
+
+def test_what_nobody_dispatched_in_time_is_dispatched_once(plain_site):
+    site = plain_site
+    site.put("tick", **EVERY_SECOND)
+    site.flow.effects.wait_for(1, handler="first")
+    admin = site.flow.processes[0]
+    admin.kill()
+    stopped = datetime.now(UTC)
+    count = len(site.flow.effects.all(handler="first"))
+    wait_until(lambda: datetime.now(UTC) - stopped > timedelta(seconds=3), 5, "it to be late")
+
+    admin.restart()
+
+    site.flow.effects.wait_for(count + 2, handler="first")
+    site.act("tick", "pause")
+    shown, found = site.schedules()["tick"], site.occurrences()
+    check_each_once(found, shown)
+    assert max(after - before for before, after in pairwise(found)) >= timedelta(seconds=3)
+    assert shown["skipped"] >= 2
+
+
+def test_is_made_changed_run_paused_and_removed(site):
+    made = site.put("nightly", **NIGHTLY)
+    assert made["enabled"] is True
+    assert made["sentence"] == "At 02:30 every day"
+    assert made["nextAt"][11:16] in ("00:30", "01:30")
+    assert (made["lastMessageId"], made["updatedBy"]) == (None, "anonymous@127.0.0.1")
+
+    message_id = site.act("nightly", "run", 202)["messageId"]
+
+    message = site.wait_for(message_id, "completed")
+    shown = site.schedules()["nightly"]
+    assert message["metadata"]["schedule"] == {"name": "nightly", "occurrence": shown["lastAt"]}
+    assert (message["payload"], shown["lastMessageId"]) == ({"a": 1}, message_id)
+    assert shown["nextAt"] == made["nextAt"]
+    assert site.act("nightly", "pause")["enabled"] is False
+    changed = site.put("nightly", **{**NIGHTLY, "priority": "high", "cron": "0 12 * * *"})
+    assert (changed["priority"], changed["enabled"], changed["nextAt"]) == ("high", False, None)
+    assert site.act("nightly", "resume")["nextAt"] is not None
+    answer = site.call("DELETE", "/queue/schedules/nightly")
+    assert answer.json() == {"name": "nightly", "removed": True}
+    assert site.schedules() == {}
+    done = [(each["action"], each["target"]) for each in site.trail()]
+    assert done == [
+        (action, "schedule nightly")
+        for action in ("remove", "resume", "schedule", "pause", "run", "schedule")
+    ]
+
+
+def test_refuses_what_cannot_be(plain_site):
+    site = plain_site
+    for wrong, field, said in [
+        ({"cron": "61 * * * *"}, "cron", "is no cron expression: Bad minute"),
+        ({"cron": "* * */20 * 1L"}, "cron", "has no occurrence in the next 50 years"),
+        ({"timeZone": "Mars"}, "timeZone", "must be a time zone such as Europe/Berlin"),
+        ({"metadata": {"schedule": 1}}, "metadata.schedule", "is reserved"),
+        ({"queueName": "a b"}, "queueName", "Must match"),
+        ({"priority": "extreme"}, "priority", "Must be one of"),
+        ({"queueName": "user-events", "messageType": "user.registered"}, "payload.email", ""),
+    ]:
+        problem = site.put("nightly", 422, **{**NIGHTLY, **wrong})
+        assert said in problem["errors"][field][0], wrong
+    assert list(site.put("a b", 422, **NIGHTLY)["errors"]) == ["name"]
+    assert list(site.put("nightly", 422)["errors"]) == [
+        "queueName", "messageType", "payload", "cron",
+    ]  # fmt: skip
+    for word in ("run", "pause", "resume"):
+        problem = site.act("nightly", word, 404)
+        assert problem["type"] == "/problems/schedule-not-found"
+    assert site.call("DELETE", "/queue/schedules/nightly").status_code == 404
+    assert site.schedules() == {}
+    assert site.trail() == []
+
+
+def test_a_command_does_the_same(site):
+    def queuectl(*args, status=0, **options):
+        done = CliRunner().invoke(main, ["schedules", *args], env=site.flow.env, **options)
+        assert done.exit_code == status, (args, done.output, done.exception)
+        return done
+
+    def ask(*args, **options):
+        return json.loads(queuectl(*args, "--json", **options).stdout)
+
+    said = queuectl(
+        "set", "nightly", "30 2 * * *", QUEUE, "patient.asked", '{"a": 1}',
+        "--time-zone", "Europe/Berlin", "--priority", "high", "--metadata", '{"b": 2}',
+    ).stdout  # fmt: skip
+    assert said.startswith("nightly: At 02:30 every day; next at 20")
+    [listed] = ask("list")["schedules"]
+    assert listed == site.schedules()["nightly"]
+    assert (listed["priority"], listed["metadata"]) == ("high", {"b": 2})
+    message_id = ask("run", "nightly")["messageId"]
+    assert site.wait_for(message_id, "completed")["priority"] == "high"
+    assert queuectl("pause", "nightly").stdout == "nightly: paused\n"
+    assert "paused" in queuectl("list").stdout
+    assert ask("resume", "nightly")["enabled"] is True
+    wrong = queuectl("set", "other", "61 * * * *", QUEUE, "patient.asked", status=2)
+    assert "cron: is no cron expression: Bad minute" in wrong.stderr
+    queuectl("set", "other", "* * * * *", QUEUE, "patient.asked", "{", status=2)
+    queuectl("set", "o/r", "* * * * *", QUEUE, "patient.asked", status=2)
+    # what somebody makes here queue_admin dispatches
+    ask("set", "tick", "* * * * * *", QUEUE, "patient.asked", "-", input='{"n": 1}')
+    site.flow.effects.wait_for(2, handler="first", payload={"n": 1})
+    assert ask("remove", "tick") == {"name": "tick", "removed": True}
+    queuectl("remove", "nightly")
+    for word in ("run", "pause", "resume", "remove"):
+        assert "no schedule nightly" in queuectl(word, "nightly", status=1).stderr
+    assert ask("list") == {"schedules": []}
