@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sqlite3
 import subprocess
 import sys
 
@@ -395,13 +396,94 @@ class TestSubscriptions:
         expect(visit.result()).to_have_text("user-events goes on.")
         assert site.subscription(MAILER)["pausedAt"] is None
 
+    def test_get_what_they_never_had(self, site, visit):
+        for _ in range(2):
+            site.publish({}, "day.broke")
+        with sqlite3.connect(site.flow.folder / "var" / "queue.db", timeout=20) as log:
+            log.execute(
+                "INSERT INTO queue_subscriptions (queue_name, source, message_type, subscriber,"
+                " handler_type, reliable, created_at) VALUES ('elsewhere', 'elsewhere',"
+                " 'day.broke', 'late.riser', 'service_pool', 1, '2026-01-02 03:04:05.000000')"
+            )
+        visit.link("Subscriptions").click()
+        row = visit.row("late.riser")
+
+        row.get_by_label("Replay to late.riser, day.broke").press("Enter")
+        row.get_by_label("Stored since (UTC)").fill("2026-01-01T00:00")
+        # the view is drawn anew meanwhile, and what was written stays
+        visit.wait_for_request("/queue/subscriptions")
+        visit.wait_for_request("/queue/subscriptions")
+        expect(row.get_by_label("Stored since (UTC)")).to_have_value("2026-01-01T00:00")
+        visit.button("Deliver what it never had", row).press("Enter")
+
+        expect(visit.result()).to_have_text("2 messages replayed to late.riser.")
+        expect(row.get_by_role("cell").nth(3)).to_have_text("2")
+        visit.button("Retire late.riser, day.broke").click()
+        visit.button("Retire").click()
+        expect(row).to_have_count(0)
+
+
+def schedule(site, name, **changed):
+    body = {**NIGHTLY, **changed}
+    url = f"http://{site.admin}/queue/schedules/{name}"
+    answer = requests.put(url, json=body, timeout=20)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+NIGHTLY = {
+    "queueName": "elsewhere", "messageType": "night.fell", "payload": {}, "cron": "30 2 * * *",
+    "timeZone": "Europe/Berlin",
+}  # fmt: skip
+
+
+class TestSchedules:
+    def test_are_paused_resumed_and_run_by_keyboard(self, site, visit):
+        visit.link("Schedules").click()
+        expect(visit.page.get_by_text("There is none.")).to_be_visible()
+        made = schedule(site, "nightly")
+        row = visit.row("nightly")
+        expect(row).to_contain_text("At 02:30 every day")
+        expect(row).to_contain_text(made["nextAt"][:10])
+        expect(row).to_contain_text("never")
+
+        visit.button("Pause nightly").press("Enter")
+        expect(visit.result()).to_have_text("nightly is paused.")
+        expect(row).to_contain_text("paused")
+        expect(visit.button("Resume nightly")).to_be_focused()
+        visit.page.keyboard.press("Enter")
+        expect(visit.result()).to_have_text("nightly goes on.")
+        visit.page.keyboard.press("Tab")
+        expect(visit.button("Run nightly now")).to_be_focused()
+        visit.page.keyboard.press("Enter")
+
+        expect(visit.result()).to_have_text("nightly was dispatched. The message is under Last.")
+        row.get_by_role("link").press("Enter")
+        expect(visit.heading("night.fell")).to_be_visible()
+        visit.page.get_by_text("Metadata", exact=True).press("Enter")
+        expect(visit.page.get_by_text('"occurrence"')).to_be_visible()
+
+    def test_show_what_is_text_as_text_and_why_one_failed(self, site, visit):
+        markup = "<img src=x onerror=alert(1)>"
+        schedule(site, "odd", cron="* * * * * *", metadata={"a": markup})
+        with sqlite3.connect(site.flow.folder / "var" / "queue.db", timeout=20) as log:
+            log.execute(
+                "UPDATE queue_schedules SET enabled = 0, next_at = NULL, error = ?,"
+                " error_at = '2026-01-02 03:04:05.000000' WHERE name = 'odd'",
+                [markup],
+            )
+        visit.open("schedules")
+        row = visit.row("odd")
+        expect(row).to_contain_text(f"failed 2026-01-02 03:04:05: {markup}")
+        assert visit.opened() == []
+
 
 class TestThePage:
     def test_fits_a_phone(self, browser, site):
         message_id = site.failed("phone@example.com")
         visit = browser.visitor(site.admin, viewport={"width": 360, "height": 740})
         for view in (
-            "queues", "failures", "messages", "subscriptions", "audit-log",
+            "queues", "failures", "messages", "subscriptions", "schedules", "audit-log",
             f"messages/{message_id}",
         ):  # fmt: skip
             visit.open(view)

@@ -12,6 +12,7 @@ import { failures } from "./failures.js";
 import { message } from "./message.js";
 import { messages } from "./messages.js";
 import { queues } from "./queues.js";
+import { schedules } from "./schedules.js";
 import { subscriptions } from "./subscriptions.js";
 
 const EVERY_MS = 2_000;
@@ -27,6 +28,7 @@ const VIEWS = [
   ["failures", "Failures", failures],
   ["messages", "Messages", messages],
   ["subscriptions", "Subscriptions", subscriptions],
+  ["schedules", "Schedules", schedules],
   ["audit-log", "Audit log", auditLog],
 ];
 

@@ -2,7 +2,21 @@
 
 import { get, path, post } from "./api.js";
 import { h } from "./dom.js";
-import { age, breakable, button, heading, listLink, number, status, table, time } from "./parts.js";
+import {
+  age,
+  breakable,
+  button,
+  counted,
+  field,
+  heading,
+  listLink,
+  number,
+  run,
+  say,
+  status,
+  table,
+  time,
+} from "./parts.js";
 
 const COLUMNS = [
   "Subscriber",
@@ -45,7 +59,10 @@ function row(each) {
       number(each.active),
       number(each.scheduled),
       each.dead ? listLink(dead, number(each.dead)) : "0",
-      h("div", { class: "buttons" }, pause(each), each.consumer === "silent" && retire(each)),
+      [
+        h("div", { class: "buttons" }, pause(each), each.consumer === "silent" && retire(each)),
+        replay(each),
+      ],
     ],
   };
 }
@@ -97,4 +114,41 @@ function retire(each) {
     kind: "danger",
     ask,
   });
+}
+
+function replay(each) {
+  const [since, until] = [`since-${each.id}`, `until-${each.id}`];
+  const onsubmit = (event) => {
+    event.preventDefault();
+    const { elements } = event.currentTarget;
+    const stretch = { from: elements[since].value, to: elements[until].value };
+    run(event.currentTarget.querySelector("button"), () => replayAll(each, stretch));
+  };
+  const attributes = { type: "datetime-local", step: 1 };
+  return h(
+    "details",
+    { "data-key": "replay" },
+    h("summary", { "aria-label": `Replay to ${each.subscriber}, ${each.messageType}` }, "Replay"),
+    h(
+      "form",
+      { "data-key": "form", "data-kept": true, onsubmit },
+      field("Stored since (UTC)", since, attributes),
+      field("Stored before (UTC)", until, attributes, "Both may be left empty."),
+      h("button", null, "Deliver what it never had"),
+    ),
+  );
+}
+
+/** Have all of a stretch delivered, in parts. */
+async function replayAll(each, stretch) {
+  const body = {};
+  for (const [name, given] of Object.entries(stretch)) if (given) body[name] = `${given}Z`;
+  let done = 0;
+  do {
+    const answer = await post(path`/queue/subscriptions/${each.id}/replay`, body);
+    done += answer.replayed;
+    body.cursor = answer.nextCursor;
+    say(`${counted(done, "message")} replayed …`);
+  } while (body.cursor !== null);
+  return `${counted(done, "message")} replayed to ${each.subscriber}.`;
 }
