@@ -50,7 +50,7 @@ VARIES = re.compile(
 """Texts in answers that are others each time."""
 
 COUNTS = {"pending", "processing", "completed", "failed", "retry", "total", "waiting", "active",
-          "dead", "avgProcessingSeconds", "count"}  # fmt: skip
+          "dead", "avgProcessingSeconds", "count", "messages"}  # fmt: skip
 """Numbers in answers that hang on what the reader did before."""
 
 CALLABLE = {"services.auth_events", "services.company"}
@@ -197,8 +197,7 @@ class Reader:
                 name, value = next(given).split(": ", 1)
                 headers[name] = value
             elif each == "-d":
-                method = "POST" if method == "GET" else method  # which -X has set
-                data = next(given).encode()
+                method, data = "POST" if method == "GET" else method, next(given).encode()
             else:
                 assert url is None, f"what does curl do with {each}?"
                 url = each
