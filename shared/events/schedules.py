@@ -183,6 +183,7 @@ class Schedules:
                 return None, self._append(tx, envelope)
 
             self.client.call(step)
+        self._count(envelope)
         return envelope.id
 
     def carry_on(self) -> float:
@@ -215,7 +216,13 @@ class Schedules:
             except PayloadError as exc:
                 return self._note_error(row, due, exc)
             dispatching.note([envelope])
-            return bool(self.client.call(partial(self._dispatch, row, due, envelope)))
+            is_done = bool(self.client.call(partial(self._dispatch, row, due, envelope)))
+            if is_done:
+                self._count(envelope)
+            return is_done
+
+    def _count(self, envelope: Envelope) -> None:
+        """Have a dispatch counted, where somebody counts."""
 
     def _dispatch(
         self, row: Any, due: Due, envelope: Envelope, tx: Transaction
@@ -273,6 +280,9 @@ class ScheduleTimer(DependencyProvider, Schedules):
 
     def get_dependency(self, _worker_ctx: Any) -> ScheduleTimer:
         return self
+
+    def _count(self, envelope: Envelope) -> None:
+        self.client.counts.count_dispatched([envelope])
 
     def _run(self) -> None:
         while True:

@@ -1,13 +1,16 @@
 """Schedules over HTTP and from the command line, beside who handles what they dispatch."""
 
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import pytest
+import requests
 from click.testing import CliRunner
 
 from shared.cli import main
+from shared.testing.servers import free_port
 from tests.flow.conftest import BACKENDS
 from tests.flow.test_operations import QUEUE, Site
 from tests.support.waiting import wait_until
@@ -139,6 +142,32 @@ def test_is_made_changed_run_paused_and_removed(site):
         (action, "schedule nightly")
         for action in ("remove", "resume", "schedule", "pause", "run", "schedule")
     ]
+
+
+def test_what_is_dispatched_is_counted(tmp_path):
+    metrics = f"127.0.0.1:{free_port()}"
+    site = ScheduleSite(tmp_path, {})
+    try:
+        site.flow.processes[0].kill()
+        site.flow.run(
+            "services.queue_admin", QUEUE_ADMIN_ADDRESS=site.address, QUEUE_METRICS_ADDRESS=metrics
+        )
+        site.put("tick", **EVERY_SECOND)
+        site.flow.effects.wait_for(1, handler="first")
+        site.act("tick", "run", 202)
+        site.act("tick", "pause")
+        text = requests.get(f"http://{metrics}/metrics", timeout=20).text
+        [count] = re.findall(r"^nameko_queue_dispatched_total{.*queue_admin.*} (\S+)", text, re.M)
+        assert float(count) == len(site.occurrences())
+    finally:
+        site.flow.close()
+
+
+def test_what_nobody_here_wants_is_published_at_once(site):
+    # to RabbitMQ, where plain nameko may listen
+    site.put("lone", **{**NIGHTLY, "messageType": "nobody.wants"})
+    site.wait_for(site.act("lone", "run", 202)["messageId"], "completed")
+    assert site.get(f"/queue/stats/{QUEUE}")["unrouted"] == 1
 
 
 def test_refuses_what_cannot_be(plain_site):
