@@ -1,6 +1,10 @@
 """A stretch of history is delivered to one subscription: a new service catches up."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -131,6 +135,31 @@ def test_what_it_had_comes_again_when_that_is_asked_for(site):
     assert site.queuectl(*again).stdout == "0 replayed, of 5 messages\n"
     assert len(site.message(ids[0])["deliveries"]) == 4
     assert len(site.flow.effects.all(handler="first")) == 5
+    site.check_books()
+
+
+def test_what_was_killed_is_given_again_and_doubles_nothing(site):
+    count = 4 * MANY
+    ids = site.flow.send_many([("patient.asked", {"n": n}) for n in range(count)])
+    site.flow.wait_for_counts(SECONDS, completed=count)
+    site.start_late()
+    its = str(site.subscription(LATE)["id"])
+    site.pause(LATE)
+    command = [Path(sys.executable).parent / "queuectl", "replay", its]
+    with subprocess.Popen(command, env={**os.environ, **site.flow.env}) as killed:
+        wait_until(lambda: site.subscription(LATE)["waiting"] > 0, 30, "it to begin", every=0.01)
+        killed.kill()
+    assert 0 < site.subscription(LATE)["waiting"] < count
+
+    site.queuectl("replay", its)
+
+    site.pause(LATE, "resume")
+    # what was on its way to a broker is published after 30 s
+    wait_until(
+        lambda: len(site.got()) >= count, SECONDS, lambda: f"only {len(site.got())}", every=1
+    )
+    site.flow.wait_for_counts(SECONDS, completed=count)
+    assert sorted(each["id"] for each in site.flow.effects.all(handler="late")) == sorted(ids)
     site.check_books()
 
 
