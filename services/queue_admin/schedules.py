@@ -49,7 +49,7 @@ class ScheduleCalls:
         """Have nothing more dispatched by a schedule."""
         return self.scheduling.pause(actor(request), name)
 
-    @http("POST", "/queue/schedules/<name>/resume", answers=answers.Schedule, refusals=[404])
+    @http("POST", "/queue/schedules/<name>/resume", answers=answers.Schedule, refusals=[404, 422])
     def resume_schedule(self, request: Request, name: str) -> Any:
         """Take back a pause; what was meanwhile is not made up for."""
         return self.scheduling.resume(actor(request), name)

@@ -37,6 +37,9 @@ BUSY_SECONDS = 0.05
 AGAIN_SECONDS = 5.0
 """How long it is waited after something failed that nobody expected."""
 
+LONGEST_ERROR = 1000
+"""Characters that are kept of why something could not be dispatched."""
+
 SCHEDULE = "schedule"
 """The key of a message's metadata that says which schedule and occurrence it is of."""
 
@@ -191,17 +194,9 @@ class Schedules:
         rows, soonest, now = self.reader.read(_due)
         if not rows:
             return min(LOOK_SECONDS, LOOK_SECONDS if soonest is None else soonest)
-        moved = [self._moved_on(row, now) for row in rows]
+        moved = [self._move_on(row, now) for row in rows]
         # each of them may be due again by now
         return 0.0 if any(moved) else BUSY_SECONDS
-
-    def _moved_on(self, row: Any, now: datetime) -> bool:
-        try:
-            return self._move_on(row, now)
-        except SQLAlchemyError as exc:
-            # that one alone, as far as can be told
-            _log.warning("schedule %s put off: %s", row.name, exc)
-            return False
 
     def _move_on(self, row: Any, now: datetime) -> bool:
         """Dispatch the latest occurrence of one that is due; say whether nobody else did."""
@@ -216,7 +211,11 @@ class Schedules:
             except PayloadError as exc:
                 return self._note_error(row, due, exc)
             dispatching.note([envelope])
-            is_done = bool(self.client.call(partial(self._dispatch, row, due, envelope)))
+            try:
+                is_done = bool(self.client.call(partial(self._dispatch, row, due, envelope)))
+            except SQLAlchemyError as exc:
+                # the database works, and does not take this one
+                return self._note_error(row, due, exc.__cause__ or exc)
             if is_done:
                 self._count(envelope)
             return is_done
@@ -233,11 +232,11 @@ class Schedules:
         schedules.move_on(tx, row.name, due.next, due.skipped, **outcome)
         return True, self._append(tx, envelope)
 
-    def _note_error(self, row: Any, due: Due, error: PayloadError) -> bool:
+    def _note_error(self, row: Any, due: Due, error: BaseException) -> bool:
         def step(tx: Transaction) -> tuple[bool, list[Delivery]]:
             if not schedules.take(tx, row):
                 return False, []
-            outcome = {"error": str(error), "error_at": tx.now}
+            outcome = {"error": str(error)[:LONGEST_ERROR], "error_at": tx.now}
             schedules.move_on(tx, row.name, due.next, due.skipped, **outcome)
             return True, []
 

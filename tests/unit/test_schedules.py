@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from sqlalchemy import update
+from sqlalchemy.exc import DataError
 
 from shared.contracts import contracts
 from shared.errors import ContractError, PayloadError, ScheduleNotFoundError
 from shared.events.direct import DirectClient, DirectSchedules
 from shared.settings import load_settings
-from shared.store import schedules, trail
+from shared.store import log, schedules, trail
 from shared.tables import messages as messages_table
 from shared.tables import schedules as table
 from tests.unit.message_log import Log
@@ -256,6 +257,33 @@ class TestContracts:
         desk.carry_on()
         shown = desk.schedule("nightly")
         assert (shown["error"], shown["errorAt"], len(desk.dispatched())) == (None, None, 1)
+
+
+def test_what_the_database_refuses_is_shown_and_the_schedule_goes_on(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.make()
+    desk.make("other")
+    at = desk.be_due()
+    append = log.append
+
+    def refuse(tx: Any, envelopes: Any, *args: Any, **options: Any) -> Any:
+        if envelopes[0].metadata["schedule"]["name"] == "nightly":
+            raise DataError("INSERT …", None, ValueError("too odd" * 1000))
+        return append(tx, envelopes, *args, **options)
+
+    monkeypatch.setattr(log, "append", refuse)
+    assert desk.carry_on() == 0
+    desk.be_due("other")
+    assert desk.carry_on() == 0
+    assert desk.carry_on() > 0
+
+    shown, other = desk.schedules()
+    assert "too odd" in shown["error"]
+    assert len(shown["error"]) <= 1000
+    assert (shown["lastAt"], other["error"]) == (None, None)
+    assert shown["nextAt"] > iso(at)
+    assert len(desk.dispatched()) == 1
 
 
 def test_a_zone_that_is_gone_is_shown_and_stops_that_schedule_alone(desk: Desk) -> None:
