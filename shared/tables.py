@@ -237,6 +237,37 @@ pauses = Table(
 )
 """Who paused a subscription, for as long as it is paused."""
 
+limits = Table(
+    "queue_limits",
+    metadata,
+    Column("subscription_id", Integer, primary_key=True, autoincrement=False),
+    # Deliveries that may be in hand at once, over all processes.
+    Column("concurrency", Integer, nullable=True),
+    # Attempts that may begin in a second, over all processes, and how many of them together.
+    Column("rate", Double, nullable=True),
+    Column("burst", Integer, nullable=True),
+    # How many might have begun at ``refilled_at``; since then the rate adds to it.
+    Column("tokens", Double, nullable=False),
+    Column("refilled_at", millis(), nullable=False),
+    **TEXT,
+)
+"""How much may be handled of a subscription: a row for those that have limits."""
+
+permits = Table(
+    "queue_permits",
+    metadata,
+    Column("subscription_id", Integer, primary_key=True, autoincrement=False),
+    # host:pid, and what tells the pumps of one process apart
+    Column("worker", exact(255), primary_key=True),
+    # Deliveries that it has in hand, and how many more it may reserve.
+    Column("held", Integer, nullable=False),
+    Column("spare", Integer, nullable=False),
+    # Renewed as leases are: those of who died run out.
+    Column("expires_at", millis(), nullable=False),
+    **TEXT,
+)
+"""What each process has of the subscriptions that have limits, and what it may take."""
+
 failures = Table(
     "queue_failures",
     metadata,

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, and_, func, or_, select
 
 from shared.errors import MessageNotFoundError
 from shared.lifecycle import WAITING, DeliveryStatus
+from shared.store import limits
 from shared.store.consumers import IS_OPEN, is_live
 from shared.store.queries import iso
 from shared.tables import deliveries, messages, pauses, subscriptions
@@ -178,10 +179,33 @@ def _unconsumed(case: Case) -> Finding | None:
     return "silent", f"Nobody consumes this subscription {since}.", {"lastSeenAt": seen}
 
 
+def _limited(case: Case) -> Finding | None:
+    found = limits.usage(case.connection, case.row.subscription_id, case.now)
+    if found is None:
+        return None
+    its = found.limits
+    if its.concurrency is not None and found.held >= its.concurrency:
+        reason = "concurrency-limited"
+        said = f"Limited to {its.concurrency} at once, and workers have {found.held} in hand"
+    elif its.rate is not None and found.available < 1:
+        reason, said = "rate-limited", f"Rate-limited to {its.rate:g}/s"
+    else:
+        return None
+    before = sum(_before(case))
+    evidence = {**(its.shown() or {}), "inHand": found.held, "before": before}
+    verb = "is" if before == 1 else "are"
+    return reason, f"{said}; {_many(before)} {verb} before it.", evidence
+
+
+def _before(case: Case) -> tuple[int, int]:
+    """Count those of higher priority, and those of the same that are older."""
+    rank, seq = case.row.priority_rank, case.row.seq
+    older = and_(c.priority_rank == rank, c.seq < seq)
+    return _count(case, c.priority_rank < rank), _count(case, older)
+
+
 def _behind(case: Case) -> Finding:
-    row = case.row
-    higher = _count(case, c.priority_rank < row.priority_rank)
-    older = _count(case, and_(c.priority_rank == row.priority_rank, c.seq < row.seq))
+    higher, older = _before(case)
     active = _count_where(case, c.status == DeliveryStatus.PROCESSING)
     evidence = {"higherPriority": higher, "older": older, "active": active}
     hands = f"workers have {_many(active)} in hand"
@@ -199,6 +223,7 @@ _QUESTIONS: tuple[Callable[[Case], Finding | None], ...] = (
     _unreachable,
     _unpublished,
     _unconsumed,
+    _limited,
     _behind,
 )
 """What is asked of a delivery, until one of them is the answer."""

@@ -18,6 +18,7 @@ from shared.store import (
     causes,
     consumers,
     failures,
+    limits,
     listing,
     log,
     measures,
@@ -48,6 +49,7 @@ MODULES = (
     causes,
     consumers,
     failures,
+    limits,
     listing,
     log,
     ramps,
@@ -122,6 +124,7 @@ QUESTIONS = {
         replay.newest(c),
     ),
     "due": lambda c, _: schedules.due(c, utc_now(c)),
+    "limits": lambda c, _: limits.usage(c, 1, utc_now(c)),
     "metrics": lambda c, _: log_gauges(c, joins_log=False),
 }
 
