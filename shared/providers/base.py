@@ -119,6 +119,9 @@ class QueueProvider(ABC):
     def wait(self, timeout: float, interrupt: int, hungry: bool = True) -> None:
         """Wait until there may be something to reserve; may return sooner.
 
+        What the last ``reserve`` was to have none of does not end it, at least not again and
+        again: the subscription has limits, and others may have room for it.
+
         :param timeout: seconds at most.
         :param interrupt: a file descriptor; readable means that the waiting ends.
         :param hungry: whether there is room for more; else it only keeps its connections,
@@ -132,7 +135,7 @@ class QueueProvider(ABC):
         Before that it makes due deliveries ready and takes over those whose lease
         has run out, so that no other process is needed for it.
 
-        :param limits: the most for each subscription id.
+        :param limits: the most for each subscription id; with 0 nothing is kept back from others.
         :param limit: the most altogether; fewer are returned only if no more are ready.
         """
 

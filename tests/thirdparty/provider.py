@@ -107,6 +107,8 @@ class FileProvider(QueueProvider):
         self._file = settings.data_dir / "thirdparty.db"
         self._db: sqlite3.Connection | None = None
         self._mine: set[int] = set()
+        # what the last reserve was to have none of: it is nothing to wake for
+        self._closed: set[int] = set()
         self._turns = 0
 
     def initialize(self) -> None:
@@ -143,6 +145,7 @@ class FileProvider(QueueProvider):
                 break
 
     def reserve(self, limits: Mapping[int, int], limit: int, tx: Any = None) -> list[Lease]:
+        self._closed = {each for each, most in limits.items() if most <= 0}
         with self._transaction() as db:
             waiting = [self._next(db, *each) for each in self._in_turn(limits)]
             # one of each in turn, so that a long queue leaves room for the others
@@ -240,7 +243,8 @@ class FileProvider(QueueProvider):
         with translated():
             if self._db is None:
                 raise sqlite3.OperationalError("it is not open")
-            return any(self._db.execute(LOOK, at(each)).fetchone()[0] for each in self._mine)
+            mine = self._mine - self._closed
+            return any(self._db.execute(LOOK, at(each)).fetchone()[0] for each in mine)
 
 
 @contextlib.contextmanager

@@ -92,6 +92,8 @@ class RabbitMQProvider(QueueProvider):
         self._most_bytes: float = math.inf
         # how many more of each subscription the last reserve had room for
         self._rooms: dict[int, int] = {}
+        # what the last reserve was to have none of: it is not to be pushed either
+        self._closed: set[int] = set()
         # how many each queue had left when it was last asked
         self._counts: dict[int, int] = {}
         self._order = by_priority if self.capabilities.priorities else by_arrival
@@ -507,9 +509,8 @@ class RabbitMQProvider(QueueProvider):
             inlet.disarm()
         while True:
             self._hear()
-            if not hungry:
-                inlet.give_back()
-            elif self._is_roused or inlet.has_pushed(self._mine.keys() - self._paused):
+            self._give_back_unwanted(inlet, hungry)
+            if hungry and (self._is_roused or inlet.has_pushed(self._takable)):
                 self._is_pushed, self._is_roused = True, False
                 return True
             left = min(deadline, *[each.next_beat for each in connections]) - monotonic()
@@ -521,12 +522,25 @@ class RabbitMQProvider(QueueProvider):
             if not readable and monotonic() >= deadline:
                 return True
 
+    @property
+    def _takable(self) -> set[int]:
+        """What may be taken: neither paused, nor used up by its limits."""
+        return self._mine.keys() - self._paused - self._closed
+
+    def _give_back_unwanted(self, inlet: Inlet, hungry: bool) -> None:
+        if not hungry:
+            inlet.give_back()
+        elif self._closed and inlet.has_pushed(self._closed):
+            # it was on its way; others may have room for it
+            inlet.give_back(of=self._closed)
+
     def _wanted(self) -> dict[int, tuple[str, int]]:
         """Return for each subscription its queue, and how many of it there is room for."""
+        takable = self._takable
         return {
             each.id: (queue_name(each), max(1, min(self._rooms.get(each.id, 1), MOST_PUSHED)))
             for each in self._mine.values()
-            if each.id not in self._paused
+            if each.id in takable
         }
 
     def _reserve(self, limits: Mapping[int, int], limit: int) -> list[Held]:
@@ -535,6 +549,7 @@ class RabbitMQProvider(QueueProvider):
             inlet.disarm()
         self._is_pushed = False
         self._turns += 1
+        self._closed = {each for each, most in limits.items() if most <= 0}
         found: list[Held] = []
         while True:
             self._is_roused = False

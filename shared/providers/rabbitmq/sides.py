@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -397,15 +397,21 @@ class Inlet(Side):
         self.pushed = [held for held in self.pushed if held.handle not in handles]
         return taken
 
-    def give_back(self, also: Iterable[int] = ()) -> None:
-        """Give back what was pushed and is not wanted now; an anchor would get it again."""
+    def give_back(self, also: Iterable[int] = (), of: Container[int] | None = None) -> None:
+        """Give back what was pushed and is not wanted now; an anchor would get it again.
+
+        :param of: the subscriptions that are meant; by default all.
+        """
         leaving = set(also)
         unwanted = [
             held
             for held in self.pushed
-            if held.consumer is None
-            or not held.consumer.is_anchor
-            or held.subscription_id in leaving
+            if (of is None or held.subscription_id in of)
+            and (
+                held.consumer is None
+                or not held.consumer.is_anchor
+                or held.subscription_id in leaving
+            )
         ]
         if unwanted:
             handles = {held.handle for held in unwanted}

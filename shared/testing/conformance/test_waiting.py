@@ -135,5 +135,51 @@ class TestWaiting:
         assert [lease.delivery.seq] == process.answer()
 
 
+class TestNone:
+    """Given a worker that may have none of a subscription: its limits are used up."""
+
+    def test_leaves_all_to_others(
+        self, worker: Worker, other: Worker, placed: Subscription
+    ) -> None:
+        none = {placed.id: 0}
+        assert worker.reserve(10, none) == other.reserve() == []
+        sent = other.dispatch("placed", 5)
+        worker.wait(0.1)
+        assert set(seqs(other.reserve())) == set(seqs(sent))
+        assert worker.reserve(10, none) == []
+
+    def test_does_not_end_its_wait_again_and_again(
+        self, worker: Worker, placed: Subscription
+    ) -> None:
+        none = {placed.id: 0}
+        assert worker.reserve(10, none) == []
+        sent = worker.dispatch("placed")
+        deadline, waits = monotonic() + 1, 0
+        while (left := deadline - monotonic()) > 0:
+            worker.wait(left)
+            assert worker.reserve(10, none) == []
+            waits += 1
+        assert waits < 30
+        assert seqs(worker.reserve_within(worker.lab.promptly)) == seqs(sent)
+
+    def test_of_more_than_one_gives_back_the_rest(
+        self, worker: Worker, other: Worker, placed: Subscription
+    ) -> None:
+        """Given a worker that waits for five, and may then have one."""
+        assert worker.reserve(5) == other.reserve() == []
+        worker.wait(0.1)
+        sent = other.dispatch("placed", 5)
+        worker.wait(worker.lab.promptly)
+        [lease] = worker.reserve(1, {placed.id: 1})
+        rest = other.reserve_within(worker.lab.promptly, 4)
+        assert {*seqs([lease]), *seqs(rest)} == set(seqs(sent))
+
+    def test_holds_for_no_other_subscription(self, worker: Worker, placed: Subscription) -> None:
+        [paid] = worker.subscribe("paid")
+        worker.dispatch("placed", 3)
+        sent = worker.dispatch("paid", 3)
+        assert seqs(worker.reserve(10, {placed.id: 0, paid.id: 10})) == seqs(sent)
+
+
 def is_readable(worker: Worker) -> bool:
     return bool(select([worker.interrupt], [], [], 0)[0])
