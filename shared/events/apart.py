@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from time import monotonic
 from typing import Any
 
@@ -21,6 +23,8 @@ from shared.database import CommitUncertainError, Transaction
 from shared.errors import QueueError, StoreUnavailableError
 from shared.events.carrier import Carrier
 from shared.events.commands import (
+    Allow,
+    Allowed,
     Ask,
     Call,
     Check,
@@ -47,6 +51,7 @@ from shared.events.commands import (
     Unpublished,
     Up,
 )
+from shared.events.gate import ApartGate
 from shared.events.pump import RECONNECT_SECONDS, SIGN_SECONDS, Pump, Turn
 from shared.events.watch import Watch
 from shared.lifecycle import DeliveryStatus
@@ -140,6 +145,8 @@ class ApartTurn(Turn):
 class ApartPump(Pump):
     """See the module's docstring."""
 
+    _gate: ApartGate
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._start_with(self._provider)
@@ -188,6 +195,7 @@ class ApartPump(Pump):
             Crashed: self._take_crashed,
             Noticed: self._take_notice,
             Lost: self._take_lost,
+            Allowed: self._take_allowed,
             Stuck: self._take_stuck,
             Consume: self._take_consume,
             Ask: self._tell,
@@ -195,6 +203,9 @@ class ApartPump(Pump):
             Forget: self._tell,
             StopConsuming: self._stop_consuming,
         }
+
+    def _make_gate(self) -> ApartGate:
+        return ApartGate(self._settings.lease)
 
     def _start_with(self, provider: QueueProvider) -> None:
         self._provider = provider
@@ -234,7 +245,7 @@ class ApartPump(Pump):
         if self._known:
             timers.append(self._store_at)
         if self._mine:
-            timers.append(self._sign_at)
+            timers += [self._sign_at, self._limits_at]
         if self._has_leases:
             timers.append(self._renew_at)
         if self._unbegun:
@@ -264,6 +275,8 @@ class ApartPump(Pump):
 
     def _free(self, ended: list[Outcome]) -> None:
         """Have more reserved while outcomes are stored."""
+        if self._gate.limited:
+            self._gate.ended([outcome.lease for outcome in ended])
         inbox, now = self._carrier.inbox, monotonic()
         began = [self._began.get(outcome.lease.delivery.seq, now) for outcome in ended]
         inbox.send_quietly(Free([outcome.lease.key for outcome in ended], now - min(began)))
@@ -304,12 +317,18 @@ class ApartPump(Pump):
     def _take_reserved(self, report: Reserved) -> None:
         self._reports.reserved += report.leases
         self._watch.came(report.leases)
+        if self._gate.limited:
+            self._gate.took(report.leases)
 
     def _take_up(self, _report: Up) -> None:
         if self._was_down:
             self._say(logging.WARNING, "provider is reachable again")
         self._is_up, self._was_down = True, False
         self._has_backlog, self._sweep_at = True, 0.0
+        self._gate.rouse()
+
+    def _take_allowed(self, report: Allowed) -> None:
+        self._gate.answered(report.number)
 
     def _take_down(self, report: Down) -> None:
         self._is_up, self._was_down = False, True
@@ -355,10 +374,13 @@ class ApartPump(Pump):
     def _announce(self, wanted: Consume) -> None:
         # the provider has to have its queues before anybody dispatches to them
         mine = self._database.run(lambda tx: subscriptions.announce(tx, wanted.subscriptions))
-        if mine != self._mine or self._is_first:
+        is_other, self._mine = mine != self._mine, mine
+        # before anything may be reserved
+        self._hear_of_limits()
+        if is_other or self._is_first:
             self._is_first = self._is_declared = False
             self._carrier.inbox.send(Declare(mine, wanted.batches, wanted.workers))
-        self._mine, self._is_registered, self._is_activated = mine, True, False
+        self._is_registered, self._is_activated = True, False
 
     def _activate(self, wanted: Consume) -> None:
         self._database.run(lambda tx: subscriptions.activate(tx, self._mine))
@@ -589,7 +611,7 @@ class ApartPump(Pump):
         inbox = self._mailbox.inbox
         (inbox.send_quietly if is_usual else inbox.send)(report)
 
-    # --- leases and signs of life
+    # --- leases
 
     def _keep_up(self) -> None:
         now = monotonic()
@@ -597,6 +619,10 @@ class ApartPump(Pump):
             self._renew_at = now + self._settings.lease / 3
             self._database.run(self._hold, durable=False)
             self._detach(self._overlong(now))
+        if self._mine and now >= self._gate.look_at:
+            self._hear_of_limits()
+        if self._gate.limited:
+            self._ask_for_more()
         if now >= self._look_at:
             self._look_at = now + SIGN_SECONDS
             self._look_after_carrier()
@@ -607,8 +633,44 @@ class ApartPump(Pump):
             self._database.run(self._sign, durable=False)
             self._watch.is_changed = False
 
+    # --- limits
+
+    def _hear_of_limits(self) -> None:
+        wanted = self._consuming.batches if self._consuming is not None else ()
+        batches = {x.id: size for x, size in zip(self._mine, wanted, strict=False)}
+        self._tell_allowed(self._gate.hear_for(self._look_at_limits(), batches))
+
+    @property
+    def _limits_at(self) -> float:
+        is_ready = self._connected and self._is_registered
+        return self._gate.next_at(self._workers_free) if is_ready else inf
+
+    def _ask_for_more(self) -> None:
+        is_able = self._is_up and not self._is_stopping
+        asks = self._gate.asks(self._held(), self._workers_free, is_able)
+        if asks:
+            began = monotonic()
+            grants = self._database.run(partial(self._gate.step, asks), durable=False)
+            self._tell_allowed(self._gate.granted(asks, grants, began))
+
+    def _held(self) -> dict[int, int]:
+        held = Counter(super()._held())
+        held.update(lease.delivery.subscription_id for lease in self._reports.reserved)
+        return held
+
+    @property
+    def _workers_free(self) -> int:
+        return 0 if self._consuming is None else self._consuming.workers - len(self._active)
+
+    def _tell_allowed(self, allow: Allow | None) -> None:
+        if allow is not None:
+            self._tell(allow)
+
+    # --- signs of life
+
     def _sign_and_watch(self) -> None:
         idle = self._watch.idle(self._mine) if self._should_get_more else []
+        idle = [each for each in idle if not self._gate.may_wait(each)]
 
         def step(tx: Transaction) -> tuple[list[Subscription], dict[int, int]]:
             return self._sign(tx), backlog.oldest_due(tx, idle) if idle else {}
@@ -643,6 +705,7 @@ class ApartPump(Pump):
         self._carrier.abandon()
         self._start_with(type(self._provider)(self._settings))
         self._thread.start()
+        self._tell_allowed(self._gate.reset())
         self._tell(Keep(list(self._active.values())))
         self._is_up = self._is_sweeping = self._is_registered = False
         self._is_first = self._was_down = True

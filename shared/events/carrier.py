@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from time import monotonic
 from typing import Any
 
@@ -20,9 +20,12 @@ from shared.errors import (
     ProviderUnavailableError,
 )
 from shared.events.commands import (
+    Allow,
+    Allowed,
     Ask,
     Check,
     Crashed,
+    Credit,
     Declare,
     Declared,
     Detach,
@@ -103,6 +106,9 @@ class Carrier:
         # by their keys: what it renews, and what occupies workers
         self._held: dict[Any, Lease] = {}
         self._busy: dict[Any, Lease] = {}
+        # of subscriptions with limits: what may be reserved, and how many were
+        self._credits: Mapping[int, Credit] = {}
+        self._used: dict[int, int] = {}
         self._unpublished: list[Publish] = []
         self._unsettled: list[Settlement] = []
         self._forgotten: list[Subscription] = []
@@ -127,6 +133,7 @@ class Carrier:
             Detach: self._take_detach,
             Forget: self._take_forget,
             Keep: self._take_keep,
+            Allow: self._take_allow,
             Revive: self._revive,
             Ask: self._ask,
             Check: self._check,
@@ -227,6 +234,12 @@ class Carrier:
         by_key = {lease.key: lease for lease in command.leases}
         self._held |= by_key
         self._busy |= by_key
+
+    def _take_allow(self, command: Allow) -> None:
+        self._credits = command.credits
+        self._used = {each: self._used.get(each, 0) for each in command.credits}
+        if command.number:
+            self._report(Allowed(command.number))
 
     def _revive(self, command: Revive) -> None:
         stuck = command.subscriptions
@@ -349,15 +362,33 @@ class Carrier:
         if room <= 0:
             return
         limits = {x.id: room * self._batches[x.id] for x in self._mine}
+        if self._credits:
+            limits = self._within_credits(limits)
         leases = self._provider.reserve(limits, max(limits.values()))
         if not leases:
             return
+        if self._credits:
+            self._use(leases)
         if not self._held:
             self._renew_at = monotonic() + self._settings.lease / 3
         by_key = {lease.key: lease for lease in leases}
         self._held |= by_key
         self._busy |= by_key
         self._report(Reserved(leases))
+
+    def _within_credits(self, limits: dict[int, int]) -> dict[int, int]:
+        now, left = monotonic(), dict(limits)
+        for each, credit in self._credits.items():
+            is_over = now >= credit.until
+            may = 0 if is_over else max(credit.total - self._used[each], 0)
+            left[each] = min(limits.get(each, 0), may)
+        return left
+
+    def _use(self, leases: list[Lease]) -> None:
+        for lease in leases:
+            subscription_id = lease.delivery.subscription_id
+            if subscription_id in self._used:
+                self._used[subscription_id] += 1
 
     def _forget(self) -> None:
         while self._forgotten:

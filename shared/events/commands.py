@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.database import Transaction
 from shared.native import Promise
@@ -128,6 +128,28 @@ class Keep:
     leases: list[Lease]
 
 
+class Credit(NamedTuple):
+    """What may be reserved of a subscription that has limits.
+
+    :param total: how many since it was named first.
+    :param until: when that runs out, as monotonic time.
+    """
+
+    total: int
+    until: float
+
+
+@dataclass(slots=True)
+class Allow:
+    """Reserve no more than that of these; of all others as much as there is room for.
+
+    With a ``number`` it has to be answered.
+    """
+
+    credits: Mapping[int, Credit]
+    number: int = 0
+
+
 @dataclass(slots=True)
 class Revive:
     """These have work waiting and get none: connect anew, unless they have a reason for it."""
@@ -173,6 +195,13 @@ class Reserved:
     """These are to be handled."""
 
     leases: list[Lease]
+
+
+@dataclass(slots=True)
+class Allowed:
+    """What was allowed under this number is kept to, with all that was reserved so far told."""
+
+    number: int
 
 
 @dataclass(slots=True)

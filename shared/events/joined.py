@@ -17,6 +17,7 @@ from shared.events.commands import Ask, Call, Check, Consume, StopConsuming
 from shared.events.pump import RECONNECT_SECONDS, SIGN_SECONDS, Pump, Turn
 from shared.native import select as wait_readable
 from shared.store import attempts, subscriptions
+from shared.store.limits import Grant
 from shared.store.log import IN_LOG, Handover
 from shared.store.summary import refresh
 from shared.types import Delivery, Lease, Subscription
@@ -27,6 +28,8 @@ class JoinedTurn(Turn):
     """A turn, and what it reserves."""
 
     leases: list[Lease] = field(default_factory=list)
+    grants: dict[int, Grant] = field(default_factory=dict)
+    """By subscription, of those with limits."""
     had_settled: bool = False
     """Whether some of what was reserved is not to run, so that there is room for more."""
 
@@ -64,6 +67,10 @@ class JoinedPump(Pump):
 
     def _next_duty(self) -> float:
         signs = [self._sign_at] if self._mine else [monotonic() + SIGN_SECONDS]
+        if self._mine:
+            signs.append(self._gate.look_at)
+        if self._gate.limited and self._room() > 0:
+            signs.append(self._gate.ask_at)
         return min(signs + ([self._renew_at] if self._active else []))
 
     def _room(self) -> int:
@@ -108,6 +115,7 @@ class JoinedPump(Pump):
         self._mine, self._is_registered = mine, True
         self._batches = {x.id: size for x, size in zip(mine, wanted.batches, strict=True)}
         self._sign_at = monotonic() + SIGN_SECONDS
+        self._hear_of_limits()
         self._may_have_more = True
         self._mailbox.answer(wanted.on_registered, mine)
 
@@ -127,12 +135,23 @@ class JoinedPump(Pump):
         turn.appends, turn.outcomes = full.appends, full.outcomes
         if full.new:
             self._provider.published(full.new)
+        if self._gate.limited:
+            self._gate.told(full.grants)
+            self._rouse_others(full)
 
     def _all_steps(self, turn: JoinedTurn, tx: Transaction) -> None:
+        # first of all: so those that wait for each other have nothing else that others wait for
+        turn.grants = self._ask_limits(tx) if self._gate.limited else {}
         self._store(tx, turn)
         self._move(tx, turn)
         self._begin(tx, turn)
+        if turn.grants:
+            self._gate.keep(tx, turn.grants)
         refresh(tx, turn.touched)
+
+    def _ask_limits(self, tx: Transaction) -> dict[int, Grant]:
+        room = max(self._room(), 0)
+        return self._gate.ask(tx, self._held(), {x: room * n for x, n in self._batches.items()})
 
     def _move(self, tx: Transaction, turn: JoinedTurn) -> None:
         turn.leases = []
@@ -143,9 +162,18 @@ class JoinedPump(Pump):
         room = self._room()
         if room > 0:
             limits = {x.id: room * self._batches[x.id] for x in self._mine}
+            limits |= {x: grant.target for x, grant in turn.grants.items()}
             turn.leases = self._provider.reserve(limits, max(limits.values()), tx)
 
     def _begin(self, tx: Transaction, turn: JoinedTurn) -> None:
+        reserved = _count(turn.leases) if turn.grants else {}
+        self._run_what_is_fit(tx, turn)
+        if turn.grants:
+            running = _count(turn.leases)
+            for each, grant in turn.grants.items():
+                grant.use(reserved[each], running[each])
+
+    def _run_what_is_fit(self, tx: Transaction, turn: JoinedTurn) -> None:
         if not turn.leases:
             return
         turn.touched |= {lease.delivery.message.id for lease in turn.leases}
@@ -164,15 +192,42 @@ class JoinedPump(Pump):
             self._active |= {lease.delivery.seq: lease for lease in turn.leases}
             self._mailbox.answer(self._on_leases, turn.leases)
 
+    def _rouse_others(self, turn: JoinedTurn) -> None:
+        """Wake who may go on now that attempts ended here, and none began in their place."""
+        begun = _count(turn.leases)
+        ended = [each.lease.delivery for each in turn.stored]
+        free = [
+            each
+            for each in ended
+            if each.subscription_id in turn.grants and not begun[each.subscription_id]
+        ]
+        if free:
+            self._provider.published(free)
+
+    # --- limits
+
+    def _hear_of_limits(self) -> None:
+        if self._gate.hear(self._look_at_limits()) and self._gate.limited:
+            self._hold()
+            self._gate.ask_at = 0.0
+
+    def _hold(self) -> None:
+        self._database.run(partial(self._gate.hold, held=self._held()), durable=False)
+        self._gate.renewed()
+
     # --- leases and signs of life
 
     def _keep_up(self) -> None:
         now = monotonic()
+        if self._mine and now >= self._gate.look_at:
+            self._hear_of_limits()
         if self._active and now >= self._renew_at:
             self._renew_at = now + self._settings.lease / 3
             leases = list(self._active.values())
             extend = partial(self._provider.extend, leases)
             self._say_lost(self._database.run(extend, durable=False))
+            if self._gate.limited:
+                self._hold()
         if self._mine and now >= self._sign_at:
             self._sign_at = now + SIGN_SECONDS
             self._database.run(self._sign, durable=False)
@@ -209,3 +264,7 @@ class JoinedPump(Pump):
 
     def _close(self) -> None:
         self._provider.close()
+
+
+def _count(leases: Sequence[Lease]) -> Counter[int]:
+    return Counter(lease.delivery.subscription_id for lease in leases)

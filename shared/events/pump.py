@@ -15,8 +15,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
@@ -38,6 +40,7 @@ from shared.errors import (
     StoreUnavailableError,
 )
 from shared.events.commands import Append, Call, Consume, Finish
+from shared.events.gate import Gate
 from shared.lifecycle import DeliveryStatus
 from shared.native import Mailbox, sleep
 from shared.observe.counts import PumpCounts
@@ -124,6 +127,7 @@ class Pump(ABC):
         self._connected = False
         self._trouble: str | None = None
         self._finishing = False
+        self._gate = self._make_gate()
         self._sign_at = 0.0
         self._die_at: float | None = None
         self.is_over = False
@@ -147,6 +151,9 @@ class Pump(ABC):
             self._close()
             self._database.close()
             self.is_over = True
+
+    def _make_gate(self) -> Gate:
+        return Gate(self._settings.lease)
 
     # --- what the two kinds do each in its way
 
@@ -338,6 +345,21 @@ class Pump(ABC):
         for lease in lost:
             self._say(logging.WARNING, "lease lost message_id=%s", lease.delivery.message.id)
 
+    def _held(self) -> dict[int, int]:
+        """Return how many of each subscription are in hand."""
+        return Counter(x.delivery.subscription_id for x in self._active.values())
+
+    def _look_at_limits(self) -> set[int]:
+        ids = [each.id for each in self._mine]
+        look = partial(self._gate.look, subscription_ids=ids)
+        found = self._database.run(look, durable=False)
+        if found != self._gate.limited:
+            names = [
+                f"{each.event_type} {each.subscriber}" for each in self._mine if each.id in found
+            ]
+            self._say(logging.INFO, "limits heard of: %s", ", ".join(names) or "none")
+        return found
+
     # --- trouble
 
     def _put_off(self, turn: Turn, calls: Sequence[Call], exc: QueueError) -> None:
@@ -393,6 +415,8 @@ class Pump(ABC):
             self._do(Turn(outcomes=self._unsaved + released))
             if own:
                 self._retire(own)
+            if self._gate.limited:
+                self._database.run(self._gate.leave)
         self._active = {}
 
     @abstractmethod

@@ -9,9 +9,9 @@ import pytest
 
 from shared.events import carrier as module
 from shared.events.carrier import GATHER_SECONDS, Carrier
-from shared.events.commands import Publish
+from shared.events.commands import Allow, Allowed, Credit, Declare, Publish
 from shared.settings import load_settings
-from shared.types import Delivery
+from shared.types import Delivery, Lease, Subscription
 from tests.unit.message_log import event
 
 
@@ -66,3 +66,53 @@ class TestGathering:
         publish(carrier)
         carrier._wait()
         assert provider.wait.called
+
+
+class TestLimits:
+    """Given a subscription with limits, and one without."""
+
+    @pytest.fixture
+    def consuming(self, carrier: Carrier, provider: Any) -> Carrier:
+        wanted = [Subscription("orders", "shop", "placed", f"audit.{n}", id=n) for n in (1, 2)]
+        provider.reserve.return_value = []
+        carrier.inbox.send(Declare(wanted, [1, 1], 10))
+        return carrier
+
+    def asked(self, carrier: Carrier, provider: Any, leases: int = 0) -> dict[int, int]:
+        """Return what the provider is asked for, when it has so many of the first."""
+        provider.reserve.return_value = [
+            Lease(Delivery(seq, 1, event()), 1, handle=object()) for seq in range(leases)
+        ]
+        carrier._turn()
+        limits, _ = provider.reserve.call_args[0]
+        return dict(limits)
+
+    def test_are_kept_to(self, consuming: Carrier, provider: Any) -> None:
+        consuming.inbox.send(Allow({1: Credit(3, 200.0)}))
+        assert self.asked(consuming, provider, leases=2) == {1: 3, 2: 10}
+        assert self.asked(consuming, provider, leases=1) == {1: 1, 2: 8}
+        assert self.asked(consuming, provider) == {1: 0, 2: 7}
+        consuming.inbox.send(Allow({1: Credit(4, 200.0)}))
+        assert self.asked(consuming, provider) == {1: 1, 2: 7}
+        consuming.inbox.send(Allow({}))
+        assert self.asked(consuming, provider) == {1: 7, 2: 7}
+
+    def test_are_none_when_what_was_told_ran_out(
+        self, consuming: Carrier, provider: Any, clock: list[float]
+    ) -> None:
+        consuming.inbox.send(Allow({1: Credit(3, 101.0)}))
+        assert self.asked(consuming, provider) == {1: 3, 2: 10}
+        clock[0] = 101.0
+        assert self.asked(consuming, provider) == {1: 0, 2: 10}
+
+    def test_are_answered_after_what_was_reserved(self, consuming: Carrier, provider: Any) -> None:
+        report: Any = consuming._report
+        consuming.inbox.send(Allow({1: Credit(3, 200.0)}))
+        self.asked(consuming, provider, leases=1)
+        assert Allowed(0) not in [each.args[0] for each in report.call_args_list]
+        consuming.inbox.send(Allow({1: Credit(1, 200.0)}, 5))
+        self.asked(consuming, provider)
+        said = [each.args[0] for each in report.call_args_list]
+        kinds = [type(each).__name__ for each in said]
+        assert kinds.index("Reserved") < kinds.index("Allowed")
+        assert said[kinds.index("Allowed")] == Allowed(5)
