@@ -349,6 +349,17 @@ class Retention(Schema):
     nextRunAt = _maybe()
 
 
+class Limits(Schema):
+    concurrency = fields.Int(required=True, allow_none=True)
+    rate = fields.Float(required=True, allow_none=True)
+    burst = fields.Int(required=True, allow_none=True)
+
+
+class Limited(Schema):
+    subscription = fields.Int(required=True)
+    limits = fields.Nested(Limits, required=True, allow_none=True)
+
+
 class SubscriptionShown(Schema):
     id = fields.Int(required=True)
     queueName = _text()
@@ -367,6 +378,7 @@ class SubscriptionShown(Schema):
     dead = _count()
     oldestWaitingAt = _maybe()
     oldestWaitingSeconds = fields.Float(required=True, allow_none=True)
+    limits = fields.Nested(Limits, required=True, allow_none=True)
 
 
 class SubscriptionList(Schema):

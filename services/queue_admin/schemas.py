@@ -9,6 +9,7 @@ from typing import Any
 from marshmallow import Schema, ValidationError, fields, post_load, validate, validates_schema
 
 from shared.lifecycle import MessageStatus
+from shared.store import limits
 from shared.store.listing import ANY, MOST_LISTED, PAYLOAD_PATH, Filters, scalar
 from shared.store.measures import Rule
 from shared.store.ramps import HIGHEST_RATE, USUAL_RATE
@@ -212,6 +213,36 @@ class ReplaySchema(Schema):
             if name in data:
                 data[name] = data[name].replace(tzinfo=None)
         return data
+
+
+class LimitsSchema(Schema):
+    """The body of ``PUT /queue/subscriptions/<id>/limits``; what is left out is without a limit."""
+
+    concurrency = fields.Int(
+        strict=True,
+        allow_none=True,
+        load_default=None,
+        validate=validate.Range(1, limits.MOST_AT_ONCE),
+        metadata={"description": "Deliveries in hand at once, over all processes."},
+    )
+    rate = fields.Float(
+        allow_none=True,
+        load_default=None,
+        validate=validate.Range(limits.LOWEST_RATE, limits.HIGHEST_RATE),
+        metadata={"description": "Attempts that begin in a second, over all processes."},
+    )
+    burst = fields.Int(
+        strict=True,
+        allow_none=True,
+        load_default=None,
+        validate=validate.Range(1, limits.MOST_AT_ONCE),
+        metadata={"description": "Attempts that may begin together; by default a tenth of rate."},
+    )
+
+    @validates_schema
+    def _check_burst(self, data: Mapping[str, Any], **_: Any) -> None:
+        if data.get("burst") is not None and data.get("rate") is None:
+            raise ValidationError({"rate": ["Must be given, too."]})
 
 
 class AuditLogSchema(Schema):

@@ -8,7 +8,8 @@ from werkzeug.wrappers import Request
 
 from services.queue_admin import answers
 from services.queue_admin.routes import Calls, actor, http
-from services.queue_admin.schemas import ReplaySchema, SubscriptionsSchema
+from services.queue_admin.schemas import LimitsSchema, ReplaySchema, SubscriptionsSchema
+from shared.store.limits import Limits
 from shared.web import Problem
 
 
@@ -57,6 +58,17 @@ class SubscriptionCalls(Calls):
     def resume(self, request: Request, subscription_id: int) -> Any:
         """Take back the pause of a subscription."""
         return self.operations.resume(actor(request), subscription_id)
+
+    @http(
+        "PUT",
+        "/queue/subscriptions/<int:subscription_id>/limits",
+        schema=LimitsSchema,
+        answers=answers.Limited,
+        refusals=[404],
+    )
+    def limit(self, request: Request, body: dict[str, Any], subscription_id: int) -> Any:
+        """Say how much of a subscription is handled at most; null is without a limit."""
+        return self.operations.limit(actor(request), subscription_id, Limits(**body))
 
     @http(
         "POST",

@@ -13,6 +13,7 @@ from shared.cli.alerts import alerts
 from shared.cli.audit import audit
 from shared.cli.config import config
 from shared.cli.failures import Failure, WrongArgument
+from shared.cli.limits import limit
 from shared.cli.rabbitmq import rabbitmq
 from shared.cli.ramps import ramp
 from shared.cli.schedules import schedules
@@ -57,6 +58,7 @@ for _command in (
     config,
     export_messages,
     import_messages,
+    limit,
     looking.failures,
     looking.messages,
     looking.show,

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from shared.cli.failures import Failure
+from shared.cli.limits import limits_text
 from shared.cli.printing import make_console, make_table, print_json, print_rows, with_json
 from shared.cli.working import limit_option, name, operations, with_filters
 from shared.settings import Settings
@@ -208,4 +209,11 @@ def subscriptions(settings: Settings, queue: str | None, is_json: bool) -> None:
         print_json({"subscriptions": found})
         return
     names = ("id", "queueName", "messageType", "subscriber", "consumer", *DELIVERIES, "pausedBy")
-    print_rows(names, [[each[key] for key in names] for each in found])
+    rows = [
+        [
+            *[each[key] for key in names],
+            "" if each["limits"] is None else limits_text(each["limits"]),
+        ]
+        for each in found
+    ]
+    print_rows((*names, "limits"), rows)

@@ -32,6 +32,7 @@ from shared.store import (
     causes,
     consumers,
     failures,
+    limits,
     listing,
     overview,
     queries,
@@ -39,6 +40,7 @@ from shared.store import (
     subscriptions,
     trail,
 )
+from shared.store.limits import Limits
 from shared.store.listing import ANY, Filters, Place
 from shared.store.repair import ORIGIN
 from shared.store.trail import Deed
@@ -352,6 +354,21 @@ class Operations(Publisher, Replays):
             for each in wanted:
                 self.client.ask(partial(_set_paused, subscription=each, is_paused=False))
         return {"subscriptions": ids, "paused": is_paused}
+
+    def limit(self, actor: str, subscription_id: int, wanted: Limits) -> dict[str, Any]:
+        """Set the limits of a subscription, all of them; whoever consumes hears within seconds.
+
+        :raises SubscriptionNotFoundError: when there is none of that id.
+        """
+
+        def step(tx: Transaction) -> tuple[None, list[Delivery]]:
+            consumers.find(tx.connection, subscription_id)
+            limits.change(tx, subscription_id, wanted)
+            trail.note(tx, Deed(actor, "limit", f"subscription {subscription_id}", wanted.shown()))
+            return None, []
+
+        self.client.call(step)
+        return {"subscription": subscription_id, "limits": wanted.shown()}
 
     def retire(self, actor: str, subscription_id: int) -> dict[str, Any]:
         """End a subscription whose handler is gone, and discard what waits for it.

@@ -13,6 +13,8 @@ from shared.database import Transaction
 from shared.errors import SubscriptionNotFoundError
 from shared.lifecycle import WAITING, DeliveryStatus
 from shared.statements import Prepared
+from shared.store import limits
+from shared.store.limits import Limits
 from shared.store.queries import iso
 from shared.store.subscriptions import SILENT_AFTER_SECONDS
 from shared.tables import (
@@ -46,7 +48,14 @@ def list_subscriptions(
     rows = connection.execute(wanted.order_by(s.queue_name, s.message_type, s.subscriber)).all()
     counts = _counts(connection, [row.id for row in rows])
     oldest = _oldest(connection, [row.id for row in rows], now)
-    return [_shown(row, now, counts[row.id], oldest.get(row.id)) for row in rows]
+    limited = limits.of(connection, [row.id for row in rows])
+    return [
+        {
+            **_shown(row, now, counts[row.id], oldest.get(row.id)),
+            "limits": limited.get(row.id, Limits()).shown(),
+        }
+        for row in rows
+    ]
 
 
 def find(connection: Connection, subscription_id: int, *, locks: bool = False) -> Subscription:

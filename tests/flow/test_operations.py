@@ -110,6 +110,20 @@ class Site:
         path = f"/queue/subscriptions/{self.subscription(subscriber)['id']}/{word}"
         return self.post(path)
 
+    def limit(self, subscriber, **limits):
+        path = f"/queue/subscriptions/{self.subscription(subscriber)['id']}/limits"
+        answer = self.call("PUT", path, json=limits)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def wait_until_heard(self, names):
+        """Wait until who consumes has heard of the limits."""
+        wait_until(
+            lambda: f"limits heard of: {names}\n" in self.patient.output(),
+            10,
+            lambda: self.patient.output(),
+        )
+
     def why(self, message_id, subscriber):
         its = self.get(f"/queue/messages/{message_id}/why")["reasons"]
         return [each for each in its if each["subscriber"] == subscriber][-1]
@@ -479,6 +493,55 @@ class TestSubscriptions:
         assert resumed["subscriptions"] == paused["subscriptions"]
         site.wait_for(message_id, "completed")
         site.post("/queue/queues/nowhere/pause", 404)
+
+    def test_are_limited_and_let_go(self, site):
+        its = site.subscription(FIRST)
+        assert its["limits"] is None
+        done = site.limit(FIRST, rate=0.01, concurrency=5)
+        limits = {"rate": 0.01, "burst": 1, "concurrency": 5}
+        assert done == {"subscription": its["id"], "limits": limits}
+        assert site.subscription(FIRST)["limits"] == limits
+        site.wait_until_heard("patient.asked patient.first")
+        ids = [site.publish({"n": n}) for n in range(4)]
+        # one that may begin, in whichever order they arrived
+        site.flow.effects.wait_for(4, handler="second")
+        wait_until(lambda: sum(len(site.ran("first", each)) for each in ids) == 1, 20, "one to run")
+        left = [each for each in ids if not site.ran("first", each)]
+        wait_until(
+            lambda: site.why(left[-1], FIRST)["reason"] == "rate-limited",
+            20,
+            lambda: str(site.why(left[-1], FIRST)),
+        )
+        why = site.why(left[-1], FIRST)
+        assert why["sentence"] == "Rate-limited to 0.01/s; 2 are before it."
+        assert why["evidence"] == {**limits, "inHand": 0, "before": 2}
+
+        assert site.limit(FIRST)["limits"] is None
+        for each in ids:
+            site.wait_for(each, "completed")
+        assert site.subscription(FIRST)["limits"] is None
+        [last, first] = [each for each in site.trail() if each["action"] == "limit"][:2]
+        assert (first["detail"], last["detail"]) == (limits, None)
+        assert first["target"] == f"subscription {its['id']}"
+
+    @pytest.mark.parametrize(
+        ("body", "field"),
+        [
+            ({"rate": 0}, "rate"),
+            ({"rate": "fast"}, "rate"),
+            ({"rate": 1e9}, "rate"),
+            ({"concurrency": 0}, "concurrency"),
+            ({"concurrency": 1.5}, "concurrency"),
+            ({"burst": 5}, "rate"),
+            ({"speed": 5}, "speed"),
+        ],
+    )
+    def test_refuse_a_limit_that_cannot_be(self, site, body, field):
+        path = f"/queue/subscriptions/{site.subscription(FIRST)['id']}/limits"
+        answer = site.call("PUT", path, json=body)
+        assert answer.status_code == 422
+        assert list(answer.json()["errors"]) == [field]
+        assert site.call("PUT", "/queue/subscriptions/99999/limits", json={}).status_code == 404
 
     def test_are_retired_once_nobody_consumes_them(self, site):
         live = site.subscription(SECOND)["id"]

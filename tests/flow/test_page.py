@@ -105,6 +105,11 @@ class Site:
         shown = requests.get(f"http://{self.admin}/queue/subscriptions", timeout=20).json()
         return next(each for each in shown["subscriptions"] if each["subscriber"] == subscriber)
 
+    def limit(self, subscriber, limits):
+        path = f"/queue/subscriptions/{self.subscription(subscriber)['id']}/limits"
+        answer = requests.put(f"http://{self.admin}{path}", json=limits, timeout=20)
+        assert answer.status_code == 200, answer.text
+
     def close(self):
         self.mail.stop()
         self.flow.close()
@@ -383,6 +388,28 @@ class TestSubscriptions:
         expect(visit.result()).to_have_text(f"{MAILER} goes on.")
         site.wait_for(message_id, "completed")
         expect(row.get_by_role("cell").nth(3)).to_have_text("0")
+
+    def test_are_limited(self, site, visit):
+        visit.link("Subscriptions").click()
+        row = visit.row(MAILER)
+        row.get_by_text("Limit", exact=True).click()
+        row.get_by_label("A second").fill("2.5")
+        row.get_by_label("At once").fill("3")
+        row.get_by_role("button", name="Set limits").click()
+
+        expect(visit.result()).to_have_text(f"{MAILER} runs at most 2.5 a second, 3 at once.")
+        expect(row).to_contain_text("at most 2.5 a second, 3 at once")
+        limits = {"rate": 2.5, "burst": 1, "concurrency": 3}
+        assert site.subscription(MAILER)["limits"] == limits
+        # what somebody else sets is there without reloading
+        site.limit(MAILER, {"concurrency": 4})
+        expect(row).to_contain_text("at most 4 at once")
+        expect(row.get_by_label("At once")).to_have_value("4")
+        row.get_by_label("At once").fill("")
+        row.get_by_role("button", name="Set limits").click()
+
+        expect(visit.result()).to_have_text(f"{MAILER} is without limits.")
+        assert site.subscription(MAILER)["limits"] is None
 
     def test_of_a_queue_are_paused_together(self, site, visit):
         card = visit.region("Queue user-events")

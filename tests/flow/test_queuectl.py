@@ -203,6 +203,26 @@ def test_what_waits_is_held_cancelled_and_goes_on(desk):
     assert actions[:5] == ["pause", "publish", "publish", "cancel", "resume"]
 
 
+def test_a_subscription_is_limited(desk):
+    its = str(desk.subscription(FIRST)["id"])
+    limits = {"rate": 10.0, "burst": 1, "concurrency": 2}
+
+    done = desk.ask("limit", its, "--rate", "10", "--concurrency", "2")
+    assert done == {"subscription": int(its), "limits": limits}
+    assert desk.subscription(FIRST)["limits"] == limits
+    assert "10 a second, 1 together; 2 at once" in desk.run("subscriptions").stdout
+    held = desk.publish({})
+    desk.flow.wait_for_status(held, "completed")
+
+    said = desk.run("limit", its, "--rate", "0.5", "--burst", "7").stdout
+    assert said == f"subscription {its}: 0.5 a second, 7 together\n"
+    assert desk.run("limit", its, "--none").stdout == f"subscription {its}: no limits\n"
+    assert desk.subscription(FIRST)["limits"] is None
+    assert desk.run("limit", "99999", "--none", status=1).stderr.startswith("Error: no subscr")
+    removed = next(each for each in desk.trail() if each["action"] == "limit")
+    assert (removed["actor"], removed["detail"]) == (ME, None)
+
+
 def test_a_subscription_without_a_handler_is_retired(plain_desk):
     desk = plain_desk
     desk.patient.kill()
@@ -359,7 +379,10 @@ class TestEnding:
         "args",
         [
             ["retry"], ["retry", "a", "--group", "b"], ["discard"], ["pause"],
-            ["pause", "1", "--queue", "a"], ["pause", "x"], ["messages", "--queue", "a b"],
+            ["pause", "1", "--queue", "a"], ["pause", "x"], ["limit", "1"], ["limit", "--none"],
+            ["limit", "1", "--none", "--rate", "2"], ["limit", "1", "--rate", "0"],
+            ["limit", "1", "--burst", "2", "--concurrency", "2"], ["limit", "1", "--rate", "nan"],
+            ["messages", "--queue", "a b"],
             ["messages", "--limit", "0"], ["messages", "--created-from", "yesterday"],
             ["messages", "--created-to", "2400-01-01T00:00:00Z"],
             ["messages", "--payload-path", "$.a"], ["messages", "--cursor", "nonsense"],

@@ -1,6 +1,6 @@
 // Who consumes what.
 
-import { get, path, post } from "./api.js";
+import { get, path, post, put } from "./api.js";
 import { h } from "./dom.js";
 import {
   age,
@@ -62,6 +62,7 @@ function row(each) {
       [
         h("div", { class: "buttons" }, pause(each), each.consumer === "silent" && retire(each)),
         replay(each),
+        limits(each),
       ],
     ],
   };
@@ -80,7 +81,54 @@ function consumer(each) {
       " since ",
       time(each.pausedAt),
     );
-  return [status(each.consumer), seen, paused];
+  const limited =
+    each.limits && h("div", { "data-key": "limits" }, `at most ${limitsText(each.limits)}`);
+  return [status(each.consumer), seen, paused, limited];
+}
+
+function limitsText({ rate, concurrency }) {
+  const its = [rate && `${number(rate)} a second`, concurrency && `${number(concurrency)} at once`];
+  return its.filter(Boolean).join(", ");
+}
+
+function limits(each) {
+  const [rate, concurrency] = [`rate-${each.id}`, `concurrency-${each.id}`];
+  const known = each.limits ?? { rate: null, concurrency: null, burst: null };
+  const asNumber = (input) => (input.value === "" ? null : Number(input.value));
+  const onsubmit = (event) => {
+    event.preventDefault();
+    const form = event.currentTarget;
+    run(form.querySelector("button"), async () => {
+      const wanted = {
+        rate: asNumber(form.elements[rate]),
+        concurrency: asNumber(form.elements[concurrency]),
+      };
+      // a burst that goes with another rate is left to queue_admin
+      if (wanted.rate !== null && wanted.rate === known.rate) wanted.burst = known.burst;
+      const { limits: its } = await put(path`/queue/subscriptions/${each.id}/limits`, wanted);
+      return its
+        ? `${each.subscriber} runs at most ${limitsText(its)}.`
+        : `${each.subscriber} is without limits.`;
+    });
+  };
+  const value = (given) => (given === null ? {} : { value: String(given) });
+  return h(
+    "details",
+    { "data-key": "limit" },
+    h("summary", null, "Limit"),
+    h(
+      "form",
+      {
+        "aria-label": `Limit ${each.subscriber}, ${each.messageType}`,
+        "data-key": `limit ${known.rate} ${known.concurrency}`,
+        "data-kept": true,
+        onsubmit,
+      },
+      field("A second", rate, { type: "number", min: 0, step: "any", ...value(known.rate) }),
+      field("At once", concurrency, { type: "number", min: 1, ...value(known.concurrency) }),
+      h("button", null, "Set limits"),
+    ),
+  );
 }
 
 function pause(each) {

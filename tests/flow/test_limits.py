@@ -1,0 +1,153 @@
+"""Limits of subscriptions, over two processes that consume: how many at once, and how fast."""
+
+import time
+
+import pytest
+
+from shared.events.direct import DirectOperations
+from shared.store.limits import Limits
+from tests.flow.conftest import BACKENDS, Flow
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.flow
+
+SUBSCRIBER = "tally.count"
+LEASE = 2.0
+"""Seconds, as the flow sets it."""
+
+HEARD_SECONDS = 3.0
+"""How long it may take until a change is heard of, and what was in hand has ended."""
+
+
+def _thirdparty(_request):
+    return {"QUEUE_PROVIDER": "tests.thirdparty.provider:FileProvider"}
+
+
+PROVIDERS = {**BACKENDS, "thirdparty": _thirdparty}
+
+
+class Crowd:
+    """Two processes that consume one subscription."""
+
+    def __init__(self, folder, env):
+        self.flow = Flow(folder, env)
+        self.first = self.flow.run("tests.flow.apps.tally")
+        self.second = self.flow.run("tests.flow.apps.tally")
+        self.operations = DirectOperations(self.flow.settings)
+
+    def limit(self, **limits):
+        [its] = self.operations.subscriptions("source")
+        assert its["subscriber"] == SUBSCRIBER
+        self.operations.limit("ada", its["id"], Limits(**limits))
+
+    def limit_and_wait(self, **limits):
+        """Set the first limits, and wait until both processes have heard of it."""
+        self.limit(**limits)
+        processes = (self.first, self.second)
+        wait_until(
+            lambda: all("limits heard of: unit.sent" in each.output() for each in processes),
+            HEARD_SECONDS,
+            "both to hear of it",
+        )
+
+    def send(self, count, sleep=None):
+        payload = {} if sleep is None else {"sleep": sleep}
+        self.flow.send_many([("unit.sent", {"n": n, **payload}) for n in range(count)])
+
+    def ran(self):
+        return self.flow.effects.all(what="ran")
+
+    def wait_for(self, count, seconds=60, what="ran"):
+        return self.flow.effects.wait_for(count, seconds, what=what)
+
+    def most_at_once(self, since=0.0):
+        """Return how many ran at once at most, by when they began and ended."""
+        moves = sorted(
+            (each["at"], 1 if each["what"] == "ran" else -1) for each in self.flow.effects.all()
+        )
+        running = most = 0
+        for at, move in moves:
+            running += move
+            most = max(most, running if at >= since else 0)
+        return most
+
+    def most_in_a_second(self):
+        times = sorted(each["at"] for each in self.ran())
+        return max(sum(1 for x in times if start <= x < start + 1) for start in times)
+
+    def span(self):
+        times = [each["at"] for each in self.ran()]
+        return max(times) - min(times)
+
+    def close(self):
+        self.operations.client.close()
+        self.flow.close()
+
+
+@pytest.fixture(params=list(PROVIDERS))
+def crowd(request, tmp_path):
+    made = Crowd(tmp_path, dict(PROVIDERS[request.param](request)))
+    yield made
+    made.close()
+
+
+def test_one_at_once_over_two_processes_until_the_limit_is_removed(crowd):
+    crowd.limit_and_wait(concurrency=1)
+    began = time.monotonic()
+    crowd.send(40, sleep=0.05)
+    crowd.wait_for(30, what="done")
+
+    assert crowd.most_at_once() == 1
+    # none waits for longer than it has to
+    assert time.monotonic() - began < 30 * 0.05 + 5
+
+    crowd.send(100, sleep=0.5)
+    removed = time.time()
+    crowd.limit()
+    crowd.wait_for(140, what="done")
+
+    assert crowd.most_at_once(removed) >= 15
+    assert time.time() - removed < HEARD_SECONDS + 10
+    assert len({each["pid"] for each in crowd.ran()}) == 2
+    assert len(crowd.ran()) == 140
+
+
+def test_so_many_in_a_second_over_two_processes(crowd):
+    crowd.limit_and_wait(rate=20, burst=5)
+    crowd.send(100)
+    crowd.wait_for(100)
+
+    assert len(crowd.ran()) == 100
+    assert crowd.most_in_a_second() <= 25
+    assert 4.5 <= crowd.span() <= 7
+
+
+def test_a_limit_is_obeyed_that_changes_while_they_run(crowd):
+    crowd.send(600, sleep=0.1)
+    crowd.wait_for(20)
+    assert crowd.most_at_once() > 10
+    crowd.limit_and_wait(concurrency=2)
+    # what was in hand before ends
+    crowd.wait_for(len(crowd.ran()), what="done")
+    limited = time.time()
+    crowd.wait_for(len(crowd.ran()) + 40)
+    assert crowd.most_at_once(limited) <= 2
+    crowd.limit(concurrency=6)
+    changed = time.time()
+    crowd.wait_for(len(crowd.ran()) + 150)
+    assert 5 <= crowd.most_at_once(changed) <= 6
+
+
+def test_another_goes_on_within_a_lease_when_the_holder_is_killed(crowd):
+    crowd.limit_and_wait(concurrency=1)
+    crowd.send(5, sleep=600)
+    [holder] = crowd.wait_for(1)
+    by_pid = {each.pid: each for each in (crowd.first, crowd.second)}
+
+    by_pid.pop(holder["pid"]).kill()
+    killed = time.time()
+    [first, another] = crowd.wait_for(2)
+
+    assert first == holder
+    assert another["pid"] == next(iter(by_pid))
+    assert another["at"] - killed < LEASE + 1.5
