@@ -642,8 +642,9 @@ class ApartPump(Pump):
 
     @property
     def _limits_at(self) -> float:
-        is_ready = self._connected and self._is_registered
-        return self._gate.next_at(self._workers_free) if is_ready else inf
+        if not (self._connected and self._is_registered):
+            return inf
+        return self._gate.next_at(self._workers_free) if self._gate.limited else self._gate.look_at
 
     def _ask_for_more(self) -> None:
         is_able = self._is_up and not self._is_stopping
@@ -660,7 +661,8 @@ class ApartPump(Pump):
 
     @property
     def _workers_free(self) -> int:
-        return 0 if self._consuming is None else self._consuming.workers - len(self._active)
+        workers = 0 if self._consuming is None else self._consuming.workers
+        return workers - self._gate.workers_for(self._held())
 
     def _tell_allowed(self, allow: Allow | None) -> None:
         if allow is not None:

@@ -362,9 +362,10 @@ class Carrier:
         if room <= 0:
             return
         limits = {x.id: room * self._batches[x.id] for x in self._mine}
+        most = max(limits.values())
         if self._credits:
             limits = self._within_credits(limits)
-        leases = self._provider.reserve(limits, max(limits.values()))
+        leases = self._provider.reserve(limits, most)
         if not leases:
             return
         if self._credits:

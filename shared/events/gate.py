@@ -200,6 +200,10 @@ class ApartGate(Gate):
             if account is not None:
                 account.is_stale = True
 
+    def workers_for(self, held: Mapping[int, int]) -> int:
+        """Return how many workers have that in hand."""
+        return sum(-(-count // self._batches.get(each, 1)) for each, count in held.items())
+
     def may_wait(self, subscription_id: int) -> bool:
         """Say whether nothing need come of a subscription although it waits."""
         account = self._accounts.get(subscription_id)

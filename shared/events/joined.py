@@ -162,8 +162,9 @@ class JoinedPump(Pump):
         room = self._room()
         if room > 0:
             limits = {x.id: room * self._batches[x.id] for x in self._mine}
+            most = max(limits.values())
             limits |= {x: grant.target for x, grant in turn.grants.items()}
-            turn.leases = self._provider.reserve(limits, max(limits.values()), tx)
+            turn.leases = self._provider.reserve(limits, most, tx)
 
     def _begin(self, tx: Transaction, turn: JoinedTurn) -> None:
         reserved = _count(turn.leases) if turn.grants else {}

@@ -147,19 +147,16 @@ class Grant:
     is_noted: bool
     is_set_back: bool
     """Whether the clock was: then what is noted of the time is of no use."""
-    has_more: bool = True
-    """Whether there may be more to reserve than was granted."""
 
     def use(self, reserved: int, running: int) -> None:
         """Note what was reserved at once, and how many of them run; the rest is given back."""
-        self.has_more = reserved >= self.target
         self.tokens += max(self.target - reserved, 0)
         self.held, self.target, self.spare = self.held + running, 0, 0
 
     @property
     def again(self) -> float:
         """Seconds after which it is worth asking again; infinite when there is no need to."""
-        if self.target or not self.has_more:
+        if self.target:
             return math.inf
         waits = []
         rate, most = self.limits.rate, self.limits.concurrency
@@ -214,16 +211,15 @@ def _granted(
     tx: Transaction, row: Any, asked: Ask, others: Others, own: Mapping[int, Any]
 ) -> Grant:
     its = own.get(asked.subscription_id)
+    # whoever finds that it ran out removes it, so that one that is there was given to nobody else
     held, noted = (its.held, its.spare) if its is not None else (0, 0)
-    # what ran out others may have by now
-    is_over = its is None or its.expires_at <= tx.now
-    spare = 0 if is_over else asked.spare
+    spare = min(asked.spare, noted)
     allowed = Limits(row.concurrency, row.rate, row.burst)
     # until now the bucket had no place for what was spare
-    place = allowed.depth - others.spare - (0 if is_over else noted)
+    place = allowed.depth - others.spare - noted
     filled, refilled_at = _filled(tx.now, row)
     before = max(0.0, min(filled, place))
-    tokens = before + (0 if is_over else max(noted - asked.used - spare, 0))
+    tokens = before + max(noted - asked.used - spare, 0)
     target = max(asked.want, 0)
     if allowed.concurrency is not None:
         left = allowed.concurrency - others.held - others.spare - asked.held

@@ -219,13 +219,13 @@ class Joined:
             self.mailbox.inbox.send(each)
         self.pump._turn()
 
-    def consume(self, workers: int = 10) -> None:
-        wanted = Subscription("orders", "shop", "placed", "audit.note")
-        self.send(Consume([wanted], [1], workers, Mock()))
+    def consume(self, *types: str, batch: int = 1) -> None:
+        wanted = [Subscription("orders", "shop", each, "audit.note") for each in types]
+        self.send(Consume(wanted, [batch] * len(wanted), 10, Mock()))
 
-    def dispatch(self, count: int) -> None:
+    def dispatch(self, count: int, event_type: str = "placed") -> None:
         promise = Mock(spec=Promise)
-        self.send(Append([event() for _ in range(count)], promise))
+        self.send(Append([event(event_type) for _ in range(count)], promise))
 
     def end(self, count: int) -> None:
         ended, self.leases[:] = self.leases[:count], self.leases[count:]
@@ -246,14 +246,14 @@ def joined(store: Log) -> Iterator[Joined]:
 
 class TestJoined:
     def limit(self, joined: Joined, **wanted: Any) -> None:
-        [row] = joined.pump._mine
-        joined.store.do(limits.change, row.id, Limits(**wanted))
+        for each in joined.pump._mine:
+            joined.store.do(limits.change, each.id, Limits(**wanted))
         joined.pump._gate.look_at = 0.0
 
     def test_without_limits_asks_nothing(
         self, joined: Joined, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        joined.consume()
+        joined.consume("placed")
         for name in ("limited", "ask", "keep"):
             monkeypatch.setattr(limits, name, Mock(side_effect=AssertionError(name)))
         joined.pump._gate.look_at = math.inf
@@ -263,7 +263,7 @@ class TestJoined:
         assert {row.status for row in joined.store.rows(deliveries)} == {"completed"}
 
     def test_reserves_what_is_allowed_and_no_more(self, joined: Joined) -> None:
-        joined.consume()
+        joined.consume("placed")
         self.limit(joined, concurrency=2)
         joined.dispatch(5)
         assert len(joined.leases) == 2
@@ -276,8 +276,26 @@ class TestJoined:
         assert joined.leases == []
         assert joined.store.rows(permits) == []
 
+    def test_gives_each_its_own(self, joined: Joined) -> None:
+        joined.consume("placed", "paid")
+        self.limit(joined, concurrency=2)
+        joined.pump._workers = 0
+        joined.dispatch(3)
+        joined.dispatch(3, "paid")
+        joined.pump._workers = 10
+        joined.send()
+        assert len(joined.leases) == 4
+
+    def test_counts_each_delivery_of_a_batch(self, joined: Joined) -> None:
+        joined.consume("placed", batch=5)
+        self.limit(joined, concurrency=3, rate=0.01, burst=4)
+        joined.dispatch(9)
+        assert len(joined.leases) == 3
+        joined.end(3)
+        assert len(joined.leases) == 1
+
     def test_notes_what_was_in_hand_before(self, joined: Joined) -> None:
-        joined.consume()
+        joined.consume("placed")
         joined.dispatch(5)
         self.limit(joined, concurrency=2)
         joined.send()
@@ -289,7 +307,7 @@ class TestJoined:
         assert len(joined.leases) == 2
 
     def test_wakes_when_the_next_token_is_due(self, joined: Joined) -> None:
-        joined.consume()
+        joined.consume("placed")
         self.limit(joined, rate=2.0, burst=1)
         joined.dispatch(3)
         assert len(joined.leases) == 1
@@ -297,7 +315,7 @@ class TestJoined:
         assert 0.3 < due <= 0.5
 
     def test_sleeps_when_there_is_nothing_to_wait_for(self, joined: Joined) -> None:
-        joined.consume()
+        joined.consume("placed")
         self.limit(joined, rate=2.0, burst=5, concurrency=1)
         joined.dispatch(1)
         joined.end(1)
@@ -307,7 +325,7 @@ class TestJoined:
     def test_wakes_others_when_none_took_the_place(
         self, joined: Joined, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        joined.consume()
+        joined.consume("placed")
         self.limit(joined, concurrency=1)
         joined.dispatch(2)
         woken: list[Any] = []
@@ -318,7 +336,7 @@ class TestJoined:
         assert len(woken) == 1
 
     def test_goes_on_at_once_when_the_limit_is_removed(self, joined: Joined) -> None:
-        joined.consume()
+        joined.consume("placed")
         self.limit(joined, concurrency=1)
         joined.dispatch(5)
         assert len(joined.leases) == 1
@@ -327,7 +345,7 @@ class TestJoined:
         assert len(joined.leases) == 5
 
     def test_leaves_nothing_behind(self, joined: Joined) -> None:
-        joined.consume()
+        joined.consume("placed")
         self.limit(joined, concurrency=1)
         joined.dispatch(2)
         joined.pump._end()

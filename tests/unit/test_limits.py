@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -16,6 +15,7 @@ from shared.store.why import Provider, why
 from shared.tables import limits as limits_table
 from shared.tables import permits as permits_table
 from tests.unit.message_log import Log, event
+from tests.unit.test_store import Meanwhile
 
 LEASE = 30.0
 
@@ -23,9 +23,9 @@ LEASE = 30.0
 class Site:
     """A subscription with limits, and the processes that consume it."""
 
-    def __init__(self, store: Log) -> None:
+    def __init__(self, store: Log, subscription_id: int = 0) -> None:
         self.store = store
-        self.id = store.subscribe().id
+        self.id = subscription_id or store.subscribe().id
 
     def limit(self, **wanted: float) -> None:
         self.store.do(limits.change, self.id, Limits(**wanted))  # type: ignore[arg-type]
@@ -211,24 +211,16 @@ class TestConcurrency:
         site.pass_time(1)
         assert site.reserve(want=10, waiting=10, worker="a", held=3) == 1
 
-    def test_several_that_ask_at_once_get_no_more(self, site: Site) -> None:
-        site.limit(concurrency=7, rate=0.01, burst=5)
-        got: list[int] = []
-
-        def take(worker: str) -> None:
-            other = Site.__new__(Site)
-            other.id, other.store = site.id, Log(site.store.config)
-            for _ in range(3):
-                got.append(other.reserve(want=2, waiting=2, worker=worker, held=0))
-            other.store.database.close()
-
-        threads = [threading.Thread(target=take, args=(f"w{n}",)) for n in range(6)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join()
-
-        assert sum(got) == 5
+    def test_is_asked_for_one_after_the_other(self, site: Site) -> None:
+        site.limit(concurrency=3, rate=0.01, burst=3)
+        with site.store.database.transaction() as tx:
+            asks = [Ask(site.id, 0, want=2)]
+            assert site.step(tx, "a", asks)[site.id].target == 2
+            other = Meanwhile(
+                site.store, lambda log: Site(log, site.id).reserve(2, waiting=2, worker="b")
+            )
+            other.until_blocked()
+        assert other.result() == 1
 
 
 def test_what_has_no_limits_is_left_out(site: Site) -> None:
