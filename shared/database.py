@@ -456,6 +456,12 @@ def worker_name() -> str:
     return f"{os.uname().nodename}:{os.getpid()}"
 
 
+def exact_now(tx: Transaction) -> datetime:
+    """Return the database's time at this moment; :attr:`Transaction.now` may be reckoned."""
+    is_exact = tx.connection.dialect.name == "sqlite"
+    return tx.now if is_exact else utc_now(tx.connection)
+
+
 def seconds_between(connection: Connection, start: Any, end: Any) -> ColumnElement[Any]:
     """Return the SQL for the seconds from one time to another, each a column or a time."""
     if connection.dialect.name == "sqlite":

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import BindParameter, Connection, bindparam, delete, insert, select, update
 
-from shared.database import Transaction
+from shared.database import Transaction, exact_now
 from shared.statements import Prepared
 from shared.tables import limits, permits
 
@@ -186,10 +186,12 @@ def ask(tx: Transaction, worker: str, asks: Sequence[Ask]) -> dict[int, Grant]:
     """
     ids = [each.subscription_id for each in asks]
     rows = {row.subscription_id: row for row in _LIMITS.fetch(tx, {"ids": ids})}
+    # who asked last may have done so by another process's reckoning, and had to be waited for
+    now = exact_now(tx) if rows else tx.now
     others: dict[int, Others] = defaultdict(Others)
     own: dict[int, Any] = {}
     for row in _PERMITS.fetch(tx, {"ids": list(rows)}) if rows else ():
-        left = (row.expires_at - tx.now).total_seconds()
+        left = (row.expires_at - now).total_seconds()
         if row.worker == worker:
             own[row.subscription_id] = row
         elif left <= 0:
@@ -200,16 +202,14 @@ def ask(tx: Transaction, worker: str, asks: Sequence[Ask]) -> dict[int, Grant]:
             its.seconds = min(its.seconds, left)
     return {
         each.subscription_id: _granted(
-            tx, rows[each.subscription_id], each, others[each.subscription_id], own
+            now, rows[each.subscription_id], each, others[each.subscription_id], own
         )
         for each in asks
         if each.subscription_id in rows
     }
 
 
-def _granted(
-    tx: Transaction, row: Any, asked: Ask, others: Others, own: Mapping[int, Any]
-) -> Grant:
+def _granted(now: datetime, row: Any, asked: Ask, others: Others, own: Mapping[int, Any]) -> Grant:
     its = own.get(asked.subscription_id)
     # whoever finds that it ran out removes it, so that one that is there was given to nobody else
     held, noted = (its.held, its.spare) if its is not None else (0, 0)
@@ -217,7 +217,7 @@ def _granted(
     allowed = Limits(row.concurrency, row.rate, row.burst)
     # until now the bucket had no place for what was spare
     place = allowed.depth - others.spare - noted
-    filled, refilled_at = _filled(tx.now, row)
+    filled, refilled_at = _filled(now, row)
     before = max(0.0, min(filled, place))
     tokens = before + max(noted - asked.used - spare, 0)
     target = max(asked.want, 0)
@@ -245,7 +245,7 @@ def _granted(
 def _filled(now: datetime, row: Any) -> tuple[float, datetime]:
     """Return the tokens that a bucket has by now, if it is deep enough, and when that is."""
     passed = (now - row.refilled_at).total_seconds()
-    # each server's and process's now is some milliseconds off
+    # the clock may have been put right by a little
     at = row.refilled_at if -BEHIND_SECONDS < passed < 0 else now
     return float(row.tokens) + max(passed, 0.0) * (row.rate or 0.0), at
 

@@ -296,12 +296,13 @@ class TestJoined:
 
     def test_notes_what_was_in_hand_before(self, joined: Joined) -> None:
         joined.consume("placed")
-        joined.dispatch(5)
+        joined.dispatch(12)
+        assert len(joined.leases) == 10
         self.limit(joined, concurrency=2)
         joined.send()
-        assert [row.held for row in joined.store.rows(permits)] == [5]
-        joined.dispatch(1)
-        joined.end(3)
+        # though no worker is free, and so nothing is to be reserved
+        assert [row.held for row in joined.store.rows(permits)] == [10]
+        joined.end(8)
         assert len(joined.leases) == 2
         joined.end(1)
         assert len(joined.leases) == 2
