@@ -524,6 +524,8 @@ class ApartPump(Pump):
         self._resume(turn.started.resumed)
         self._detach([x for x in turn.started.run if x.key in turn.adopted])
         self._hand_out(turn.started.run)
+        if self._gate.limited and turn.started.settled:
+            self._gate.ended([each.lease for each in turn.started.settled])
         for lease in turn.unbegun:
             self._unbegun.pop(lease.delivery.seq, None)
         del self._published[: len(turn.published)]

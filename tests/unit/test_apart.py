@@ -117,6 +117,28 @@ class TestOutcomes:
         assert statuses(store, outcomes) == ["completed", "completed"]
 
 
+class TestLimits:
+    def test_count_nothing_that_is_not_to_run(
+        self, store: Log, pump: ApartPump, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Given a delivery whose outcome is stored, that its provider hands out once more."""
+        subscription = store.subscribe()
+        outcomes = completed(store)
+        send(pump, *outcomes)
+        pump._turn()
+        pump._store_at = 0.0
+        pump._turn()
+        pump._gate.limited = {subscription.id}
+        ended = Mock()
+        monkeypatch.setattr(pump._gate, "ended", ended)
+
+        send(pump, Reserved([replace(outcomes[0].lease, redelivered=True)]))
+        pump._turn()
+
+        [[leases], _] = ended.call_args
+        assert [each.delivery.seq for each in leases] == [outcomes[0].lease.delivery.seq]
+
+
 class TestWhatWasLost:
     """Given a lease in the log that ran out, while its worker was frozen and its broker waited."""
 
