@@ -374,10 +374,11 @@ class ApartPump(Pump):
     def _announce(self, wanted: Consume) -> None:
         # the provider has to have its queues before anybody dispatches to them
         mine = self._database.run(lambda tx: subscriptions.announce(tx, wanted.subscriptions))
-        is_other, self._mine = mine != self._mine, mine
+        self._is_first |= mine != self._mine
+        self._mine = mine
         # before anything may be reserved
         self._hear_of_limits()
-        if is_other or self._is_first:
+        if self._is_first:
             self._is_first = self._is_declared = False
             self._carrier.inbox.send(Declare(mine, wanted.batches, wanted.workers))
         self._is_registered, self._is_activated = True, False
