@@ -13,8 +13,7 @@ from shared.contracts.alert import ALERT, SOURCE
 from shared.database import Transaction, utc_now
 from shared.errors import QueueNotKnownError
 from shared.events.dispatcher import make_envelope
-from shared.events.operations import LogClient
-from shared.events.repairs import Reader
+from shared.events.operations import LogClient, Reader
 from shared.settings import Settings
 from shared.store import alerts, listing, log, measures, timers
 from shared.store.alerts import AlertStatus, News, Thresholds

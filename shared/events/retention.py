@@ -9,8 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from shared.database import Transaction, utc_now
-from shared.events.operations import LogClient
-from shared.events.repairs import Reader
+from shared.events.operations import LogClient, Reader
 from shared.native import sleep
 from shared.settings import Settings
 from shared.store import retention, timers
