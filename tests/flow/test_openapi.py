@@ -40,12 +40,15 @@ def known(site):
     group = site.get("/queue/failures")["failures"][0]["fingerprint"]
     ramp = site.post(f"/queue/failures/{group}/ramp", 202)
     subscriptions = site.get("/queue/subscriptions", queue=QUEUE)["subscriptions"]
+    schedule = {"queueName": QUEUE, "messageType": "nobody.asked", "payload": {}}
+    site.call("PUT", "/queue/schedules/daily", json={**schedule, "cron": "0 3 * * *"})
     return {
         "message_id": [*failed, *later, done],
         "fingerprint": [group],
         "ramp_id": [ramp["id"]],
         "subscription_id": [each["id"] for each in subscriptions],
         "queue": [QUEUE, "patient"],
+        "name": ["daily"],
     }
 
 
