@@ -105,19 +105,26 @@ def problem_of(error: BaseException) -> Problem:
     return Problem(500, "internal-error", "Internal error")
 
 
-_MISSING: Mapping[type[QueueError], str] = {
-    MessageNotFoundError: "message",
-    QueueNotKnownError: "queue",
-    RampNotFoundError: "ramp",
-    ScheduleNotFoundError: "schedule",
-    SubscriptionNotFoundError: "subscription",
-}
-"""What there is none of."""
+_MISSING = (
+    MessageNotFoundError,
+    QueueNotKnownError,
+    RampNotFoundError,
+    ScheduleNotFoundError,
+    SubscriptionNotFoundError,
+)
 
 
 def _missing(error: QueueError) -> Problem:
-    name = _MISSING[type(error)]
-    return Problem(404, f"{name}-not-found", f"No such {name}", detail=str(error))
+    match error:
+        case QueueNotKnownError():
+            return Problem(404, "queue-not-found", "No such queue", detail=str(error))
+        case RampNotFoundError():
+            return Problem(404, "ramp-not-found", "No such ramp", detail=str(error))
+        case ScheduleNotFoundError():
+            return Problem(404, "schedule-not-found", "No such schedule", detail=str(error))
+        case SubscriptionNotFoundError():
+            return Problem(404, "subscription-not-found", "No such subscription", detail=str(error))
+    return Problem(404, "message-not-found", "No such message", detail=str(error))
 
 
 def _conflict(error: QueueError) -> Problem:
