@@ -99,6 +99,8 @@ class Settings:
     """The settings of one process; times in seconds, sizes in bytes."""
 
     provider: str
+    # the provider that is moved away from; empty: none is
+    drain: str
     data_dir: Path
     log: bool
     max_payload_bytes: int
@@ -228,6 +230,21 @@ def _provider(value: Any) -> str:
     except Exception as exc:  # whatever its import may raise
         raise EnvError(f"{wanted}; {exc}") from exc
     return name
+
+
+def provider_name(value: str) -> str:
+    """Return the name of a provider.
+
+    :raises SettingsError: when it is none.
+    """
+    try:
+        return _provider(value)
+    except EnvError as exc:
+        raise SettingsError(str(exc)) from exc
+
+
+def _provider_or_none(value: Any) -> str:
+    return _provider(value) if _text(value) else ""
 
 
 def _address(value: Any) -> Address:
@@ -427,6 +444,7 @@ class _Reader:
         admin = self.get("QUEUE_ADMIN_ADDRESS", "127.0.0.1:3005", _address)
         settings = Settings(
             provider=self.get("QUEUE_PROVIDER", "embedded", _provider),
+            drain=self.get("QUEUE_PROVIDER_DRAIN", "", _provider_or_none),
             data_dir=data_dir,
             log=self.get("QUEUE_LOG", "on", _switch),
             max_payload_bytes=self.get("QUEUE_MAX_PAYLOAD_BYTES", 1_048_576, _number(1, 1 << 30)),
@@ -520,6 +538,15 @@ class _Reader:
         if not settings.log and settings.provider == "embedded":
             raise SettingsError(
                 "QUEUE_LOG: must be on where QUEUE_PROVIDER is embedded, whose queue is in the log"
+            )
+        if settings.drain == settings.provider:
+            raise SettingsError(
+                "QUEUE_PROVIDER_DRAIN: must be another than QUEUE_PROVIDER, or empty"
+            )
+        if settings.drain and not settings.log:
+            raise SettingsError(
+                "QUEUE_PROVIDER_DRAIN: must be empty where QUEUE_LOG is off: what moves goes "
+                "through the log"
             )
         if settings.admin_auth == "token" and not settings.admin_tokens:
             raise SettingsError(

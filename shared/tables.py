@@ -173,6 +173,8 @@ deliveries = Table(
     # The fencing token; the log compares it before it believes an outcome.
     Column("lease_token", BigInteger, nullable=False, server_default="0"),
     Column("lease_expires_at", millis(), nullable=True),
+    # While two providers are in use: the one that was given it last, as far as that is known.
+    Column("provider", String(200), nullable=True),
     CheckConstraint(
         "status <> 'completed' OR processed_at IS NOT NULL", name="delivery_completed_is_processed"
     ),

@@ -466,8 +466,24 @@ class ConsumersHealth(Schema):
     silent = fields.List(fields.Str(), required=True)
 
 
+class DrainingHealth(Schema):
+    name = _text()
+    status = _text()
+    left = fields.Int(
+        required=True,
+        allow_none=True,
+        metadata={"description": "What it still has; null while it does not answer."},
+    )
+
+
 class Health(Schema):
     status = _text()
     provider = fields.Nested(ProviderHealth, required=True)
     database = fields.Nested(DatabaseHealth, required=True)
     consumers = fields.Nested(ConsumersHealth, required=True)
+    draining = fields.Nested(
+        DrainingHealth,
+        required=True,
+        allow_none=True,
+        metadata={"description": "The provider that is moved away from; null where none is."},
+    )

@@ -40,6 +40,7 @@ from shared.events.commands import (
     Keep,
     Lost,
     Noticed,
+    Prepare,
     Publish,
     Published,
     Refused,
@@ -56,8 +57,8 @@ from shared.events.pump import RECONNECT_SECONDS, SIGN_SECONDS, Pump, Turn
 from shared.events.watch import Watch
 from shared.lifecycle import DeliveryStatus
 from shared.native import Thread
-from shared.providers import QueueProvider
-from shared.store import adoption, attempts, backlog, log, subscriptions
+from shared.providers import QueueProvider, draining_class
+from shared.store import adoption, attempts, backlog, log, moving, subscriptions
 from shared.store.log import Handover
 from shared.store.summary import refresh
 from shared.types import Delivery, Lease, Outcome, SettleAction, Settlement, Subscription
@@ -149,13 +150,17 @@ class ApartPump(Pump):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        # whether another provider may have copies: then each is claimed in the log before it runs
+        self._is_moving = bool(self._settings.drain)
+        # the other one works in the log's tables: what it has is seen to from here
+        self._inherits = self._is_moving and draining_class(self._settings).capabilities.joins_log
         self._start_with(self._provider)
         self._watch = Watch()
         self._is_stopping = False
         self._look_at = monotonic() + SIGN_SECONDS
         self._turned_at = 0.0
         self._same_looks = 0
-        self._log_keeps_leases = not self._provider.capabilities.leases_expire
+        self._log_keeps_leases = self._is_moving or not self._provider.capabilities.leases_expire
         self._reports = Reports()
         self._published: list[Delivery] = []
         self._is_up = False
@@ -209,7 +214,14 @@ class ApartPump(Pump):
 
     def _start_with(self, provider: QueueProvider) -> None:
         self._provider = provider
-        self._carrier = Carrier(self._settings, provider, self._report, self._mailbox.answer)
+        self._carrier = Carrier(
+            self._settings,
+            provider,
+            self._report,
+            self._mailbox.answer,
+            lambda: self.elsewhere(),
+        )
+        self._is_prepared = not self._is_moving
         self._thread = Thread(self._carrier.run, "queue-carrier")
 
     def run(self) -> None:
@@ -234,6 +246,10 @@ class ApartPump(Pump):
         return self._is_up and not self._is_sweeping
 
     # --- waiting
+
+    def look_again(self) -> None:
+        if self._carrier.is_full:
+            self._carrier.inbox.ring()
 
     def _wait(self) -> None:
         self._mailbox.inbox.wait(max(0.0, self._next_timer() - monotonic()))
@@ -364,12 +380,24 @@ class ApartPump(Pump):
         if not self._connected:
             self._prepare_tables()
             self._connected = True
+        if not self._is_prepared:
+            self._prepare()
         if self._consuming is None:
             return
         if not self._is_registered:
             self._announce(self._consuming)
         if self._is_declared and not self._is_activated:
             self._activate(self._consuming)
+
+    def _prepare(self) -> None:
+        """Have the provider ready for who was not restarted yet: all publish into it from now."""
+        wanted = self._database.read(
+            lambda tx: Prepare(
+                subscriptions.active(tx.connection), subscriptions.paused(tx.connection)
+            )
+        )
+        self._tell(wanted)
+        self._is_prepared = True
 
     def _announce(self, wanted: Consume) -> None:
         # the provider has to have its queues before anybody dispatches to them
@@ -425,6 +453,8 @@ class ApartPump(Pump):
 
     def _run_what_is_fit(self, reports: Reports) -> list[Lease]:
         """Hand out what may run at once; return what has to be started in the log before."""
+        if self._is_moving:
+            return reports.reserved
         query = partial(attempts.fit, leases=reports.reserved, running=self._active.keys())
         try:
             fit, others = self._database.read(query)
@@ -464,11 +494,12 @@ class ApartPump(Pump):
         self._store(tx, turn)
         again = [x.lease.delivery for x in turn.stored if self._is_again(x)]
         if again:
-            backlog.give_back(tx, again)
+            self._put_back(tx, again)
         if turn.unbegun:
             attempts.begin(tx, turn.unbegun, self._worker, self._held_for)
         if turn.published:
-            backlog.published(tx, turn.published)
+            to = self._settings.provider if self._is_moving else None
+            backlog.published(tx, turn.published, to)
         if turn.reports.unpublished:
             backlog.give_back(tx, turn.reports.unpublished)
         self._begin(tx, turn)
@@ -497,11 +528,31 @@ class ApartPump(Pump):
         turn.adopted = {x.key for x in reserved if not x.delivery.seq}
         turn.touched |= {lease.delivery.message.id for lease in leases}
         turn.started = attempts.start(
-            tx, leases, self._worker, running=self._active.keys(), held_for=self._held_for
+            tx,
+            leases,
+            self._worker,
+            running=self._active.keys(),
+            held_for=self._held_for,
+            is_moving=self._is_moving,
         )
+        if turn.started.again:
+            self._put_back(tx, turn.started.again)
+        if turn.started.run and self._is_moving:
+            self._note_where(tx, turn.started.run)
+
+    def _put_back(self, tx: Transaction, deliveries: list[Delivery]) -> None:
+        backlog.give_back(tx, deliveries)
+
+    def _note_where(self, tx: Transaction, leases: list[Lease]) -> None:
+        """Note that this provider has what is tried again."""
+        moving.mark(tx, [lease.delivery.seq for lease in leases], self._settings.provider)
 
     def _sweep(self, tx: Transaction, turn: ApartTurn) -> None:
         turn.recover_in = backlog.recover(tx)
+        if self._inherits:
+            ids = [each.id for each in subscriptions.active(tx.connection)]
+            due_in = moving.inherit(tx, ids, self._settings.provider)
+            turn.recover_in = min(turn.recover_in, due_in, AGAIN_SECONDS)
         turn.taken = backlog.take(tx)
         turn.is_held_up = not turn.taken and backlog.waits(tx)
         is_time = bool(self._alone) or monotonic() >= self._alone_at
@@ -689,6 +740,8 @@ class ApartPump(Pump):
 
     @property
     def _should_get_more(self) -> bool:
+        if self._is_moving:
+            return False  # what waits may be the other provider's to hand out
         has_room = self._consuming is not None and len(self._active) < self._consuming.workers
         return has_room and not self._reports and not self._is_stopping
 

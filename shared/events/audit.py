@@ -7,7 +7,7 @@ times and did not move meanwhile. A provider that cannot list what it has is bel
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -18,7 +18,13 @@ from sqlalchemy import Connection
 from shared.database import Database, database_url, utc_now
 from shared.lifecycle import DeliveryStatus
 from shared.native import sleep
-from shared.providers import QueueProvider, SubscriptionStats, make_provider
+from shared.providers import (
+    QueueProvider,
+    SubscriptionStats,
+    draining_class,
+    draining_settings,
+    make_provider,
+)
 from shared.settings import Settings
 from shared.store import audit, subscriptions
 from shared.store.audit import Account, Entry
@@ -49,6 +55,9 @@ class Lack:
         if count > 0:
             self.counts[entries[0].subscription_id] += min(count, len(entries))
             self.suspects |= {each.seq for each in entries}
+
+    def __or__(self, other: Lack) -> Lack:
+        return Lack(self.counts + other.counts, self.suspects | other.suspects)
 
     def __and__(self, other: Lack) -> Lack:
         return Lack(self.counts & other.counts, self.suspects & other.suspects)
@@ -91,6 +100,7 @@ class Joined:
 
     seconds = 0.0
     held: Mapping[int, int | None]
+    there: Set[int] = frozenset()
 
     def ask(self, _entries: Sequence[Entry]) -> Answer:
         """See :data:`Answer`."""
@@ -103,6 +113,8 @@ class Listing:
 
     seconds = AGAIN_SECONDS
     held: Mapping[int, int | None]
+    there: Set[int]
+    """Which deliveries it has, of those that were asked for last."""
 
     def __init__(self, provider: QueueProvider, known: Mapping[int, Subscription]) -> None:
         self._provider = provider
@@ -114,6 +126,7 @@ class Listing:
         for each in entries:
             by_queue[self._known[each.subscription_id].queue].append(each.seq)
         there = {x for queue, seqs in by_queue.items() for x in self._provider.holds(queue, seqs)}
+        self.there = there
         self.held = Counter(each.subscription_id for each in entries if each.seq in there)
         return lambda stayed: _all_of(each for each in stayed if each.seq not in there)
 
@@ -123,6 +136,7 @@ class Counting:
 
     seconds = IN_HAND_SECONDS
     held: Mapping[int, int | None]
+    there: Set[int] = frozenset()
 
     def __init__(
         self,
@@ -188,11 +202,72 @@ class Counting:
         return lack
 
 
+class Both:
+    """Asks two providers, of which one is moved away from: what either has is not missing.
+
+    :param old: ``None`` for one that works in the log's tables, where what has a time is.
+    """
+
+    held: Mapping[int, int | None]
+
+    def __init__(self, new: Asker, old: Listing | Counting | None, name: str) -> None:
+        self._new = new
+        self._old = old
+        self._name = name
+        self.seconds = max(new.seconds, old.seconds if old is not None else 0.0)
+
+    def ask(self, entries: Sequence[Entry]) -> Answer:
+        """See :data:`Answer`."""
+        mine, others = _parted(entries, self._is_mine)
+        if self._old is None:
+            answer = self._new.ask(mine)
+            self.held = self._new.held
+            return lambda stayed: answer(_parted(stayed, self._is_mine)[0])
+        answer_new = self._new.ask(mine)
+        held_new = dict(self._new.held)
+        if isinstance(self._new, Listing):
+            # what was not noted as the new one's may be there all the same
+            self._new.ask(others)
+            others = [each for each in others if each.seq not in self._new.there]
+        answer_old, asked = self._old.ask(others), {each.seq for each in others}
+        self.held = _sums(held_new, self._old.held)
+
+        def answer_both(stayed: Sequence[Entry]) -> Lack:
+            own, rest = _parted(stayed, self._is_mine)
+            return answer_new(own) | answer_old([each for each in rest if each.seq in asked])
+
+        return answer_both
+
+    def _is_mine(self, entry: Entry) -> bool:
+        if self._old is None:
+            return entry.provider == self._name or entry.available_at is None
+        return not isinstance(self._new, Joined) and entry.provider == self._name
+
+
+def _parted(
+    entries: Sequence[Entry], is_first: Callable[[Entry], bool]
+) -> tuple[list[Entry], list[Entry]]:
+    first = [each for each in entries if is_first(each)]
+    return first, [each for each in entries if not is_first(each)]
+
+
+def _sums(one: Mapping[int, int | None], other: Mapping[int, int | None]) -> dict[int, int | None]:
+    def total(its: int) -> int | None:
+        counts = [each[its] for each in (one, other) if its in each]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+
+    return {its: total(its) for its in one.keys() | other.keys()}
+
+
 def _total(stats: SubscriptionStats) -> int:
     return stats.waiting + (stats.active or 0) + (stats.scheduled or 0)
 
 
 _NEAR = timedelta(seconds=NEAR_SECONDS)
+
+Asker = Joined | Listing | Counting
+"""What asks one provider."""
 
 
 def _is_later(entry: Entry, now: datetime) -> bool:
@@ -215,6 +290,9 @@ class Audit:
         self._settings = settings
         self._provider = make_provider(settings)
         self._is_joined = self._provider.capabilities.joins_log
+        self._old: QueueProvider | None = None
+        if settings.drain and not draining_class(settings).capabilities.joins_log:
+            self._old = make_provider(draining_settings(settings))
         self._database = Database(database_url(settings), sleep, is_patient=True)
 
     def accounts(self) -> list[Account]:
@@ -257,6 +335,8 @@ class Audit:
     def close(self) -> None:
         """Close what is open. Never raises."""
         self._provider.close()
+        if self._old is not None:
+            self._old.close()
         self._database.close()
 
     def _compare(self, entries: list[Entry]) -> Findings:
@@ -286,26 +366,41 @@ class Audit:
         return found
 
     def _paused_in_log_alone(self) -> list[Subscription]:
-        paused = [] if self._is_joined else self._read(subscriptions.paused)
-        if paused:
-            self._provider.initialize()
-        return [each for each in paused if not self._provider.is_paused(each)]
+        apart = self._apart()
+        paused = self._read(subscriptions.paused) if apart else []
+        for provider in apart if paused else ():
+            provider.initialize()
+        return [x for x in paused if not all(provider.is_paused(x) for provider in apart)]
 
     def _pause_again(self, wanted: Sequence[Subscription]) -> None:
-        for each in wanted:
-            self._provider.pause(each)
+        for provider in self._apart():
+            for each in wanted:
+                provider.pause(each)
         still = self._read(subscriptions.paused) if wanted else []
-        for each in wanted:
-            if each not in still:
-                self._provider.resume(each)  # somebody took it back just now
+        for provider in self._apart():
+            for each in wanted:
+                if each not in still:
+                    provider.resume(each)  # somebody took it back just now
 
-    def _asker(self, known: Mapping[int, Subscription]) -> Joined | Listing | Counting:
-        if self._is_joined:
-            return Joined()
-        self._provider.initialize()
-        if self._provider.capabilities.lists:
-            return Listing(self._provider, known)
-        return Counting(self._provider, known, partial(self._read, utc_now))
+    def _apart(self) -> list[QueueProvider]:
+        """Return the providers in use that have storage of their own."""
+        own = [] if self._is_joined else [self._provider]
+        return own + ([self._old] if self._old is not None else [])
+
+    def _asker(self, known: Mapping[int, Subscription]) -> Asker | Both:
+        new = Joined() if self._is_joined else self._asker_of(self._provider, known)
+        if not self._settings.drain:
+            return new
+        old = None if self._old is None else self._asker_of(self._old, known)
+        return Both(new, old, self._settings.provider)
+
+    def _asker_of(
+        self, provider: QueueProvider, known: Mapping[int, Subscription]
+    ) -> Listing | Counting:
+        provider.initialize()
+        if provider.capabilities.lists:
+            return Listing(provider, known)
+        return Counting(provider, known, partial(self._read, utc_now))
 
     def _elsewhere(self) -> list[Entry]:
         return self._read(partial(audit.elsewhere, is_joined=self._is_joined))

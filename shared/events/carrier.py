@@ -36,6 +36,7 @@ from shared.events.commands import (
     Keep,
     Lost,
     Noticed,
+    Prepare,
     Publish,
     Published,
     Refused,
@@ -83,6 +84,7 @@ class Carrier:
 
     :param report: gives the pump a report; called from this thread.
     :param answer: has a callback called on the hub.
+    :param elsewhere: says how many workers have what another provider handed out.
     """
 
     def __init__(
@@ -91,18 +93,21 @@ class Carrier:
         provider: QueueProvider,
         report: Callable[[Any], None],
         answer: Callable[..., None],
+        elsewhere: Callable[[], int] = lambda: 0,
     ) -> None:
         self.inbox = Inbox()
         self._settings = settings
         self._provider = provider
         self._report = report
         self._answer = answer
+        self._elsewhere = elsewhere
         self._mine: list[Subscription] = []
         self._batches: dict[int, int] = {}
         self._workers = 0
         self._ahead = 0
         self._publish_at = 0.0
         self._is_declared = True
+        self._unprepared: Prepare | None = None
         # by their keys: what it renews, and what occupies workers
         self._held: dict[Any, Lease] = {}
         self._busy: dict[Any, Lease] = {}
@@ -128,6 +133,7 @@ class Carrier:
         self._obey: dict[type, Callable[[Any], None]] = {
             Publish: self._take_publish,
             Declare: self._take_declare,
+            Prepare: self._take_prepare,
             Settle: self._take_settle,
             Free: self._take_free,
             Detach: self._take_detach,
@@ -181,6 +187,7 @@ class Carrier:
         return (
             self._workers
             + self._ahead
+            - self._elsewhere()
             - sum(-(-n // self._batches.get(x, 1)) for x, n in busy.items())
         )
 
@@ -215,6 +222,9 @@ class Carrier:
         pairs = zip(command.subscriptions, command.batches, strict=True)
         self._batches = {subscription.id: size for subscription, size in pairs}
         self._is_declared = False
+
+    def _take_prepare(self, command: Prepare) -> None:
+        self._unprepared = command
 
     def _take_free(self, command: Free) -> None:
         for key in command.keys:
@@ -297,6 +307,9 @@ class Carrier:
                 self._report_unpublished()
             self._connected, self._was_down = True, False
             self._report(Up())
+        if self._unprepared is not None:
+            prepare(type(self._provider)(self._settings), self._unprepared)
+            self._unprepared = None
         if not self._is_declared:
             self._provider.declare(self._mine)
             self._is_declared = True
@@ -421,6 +434,20 @@ class Carrier:
         with contextlib.suppress(ProviderError):
             if self._connected and rest:
                 self._provider.settle(rest)
+
+
+def prepare(provider: QueueProvider, wanted: Prepare) -> None:
+    """Have a provider, which is closed then, know subscriptions and pauses that others consume.
+
+    :raises ProviderError: when it does not answer.
+    """
+    try:
+        provider.initialize()
+        provider.declare([each for each in wanted.subscriptions if each.reliable])
+        for each in wanted.paused:
+            provider.pause(each)
+    finally:
+        provider.close()
 
 
 def _all(new: list[Publish]) -> list[Delivery]:

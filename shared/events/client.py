@@ -23,6 +23,7 @@ from shared.events.commands import (
     Forget,
     StopConsuming,
 )
+from shared.events.draining import Drain
 from shared.events.joined import JoinedPump
 from shared.events.pump import Pump
 from shared.events.unlogged import UnloggedPump
@@ -96,11 +97,16 @@ class QueueClient(SharedExtension):
         self.counts.pump = self._pump.counts
         self._thread = Thread(self._pump.run, "queue-pump")
         self._inbox: Any = LightQueue()
+        self._drain = Drain.beside(
+            self._pump, self.settings, self._take, _log.log, self._crash, self.relay
+        )
 
     def start(self) -> None:
         self._mailbox.open()
         self._thread.start()
         stopper.add(self._mailbox.rouse, self._pump, self.settings.grace)
+        if self._drain is not None:
+            self._drain.start()
         self._hander = self.container.spawn_managed_thread(
             self._hand_out, identifier="queue-client"
         )
@@ -113,6 +119,8 @@ class QueueClient(SharedExtension):
             self._thread.join(FINISH_SECONDS)
             return
         self._is_stopped = True
+        if self._drain is not None:
+            self._drain.stop(FINISH_SECONDS)
         if self._endpoint is not None:
             self._endpoint.remove(self.counts)
         self._mailbox.send(Finish())
@@ -137,12 +145,17 @@ class QueueClient(SharedExtension):
         if not self.is_stopping:
             self.is_stopping = True
             self._mailbox.send(StopConsuming())
+            if self._drain is not None:
+                self._drain.mailbox.send(StopConsuming())
             eventlet.spawn_after(self.settings.grace, self._release_running)
         self._release_unstarted()
 
     def end(self, outcome: Outcome) -> None:
         """Have an outcome stored and the delivery settled; does not wait for it."""
-        self._mailbox.send(outcome)
+        mailbox = self._mailbox
+        if self._drain is not None and self._drain.owns(outcome.lease):
+            mailbox = self._drain.mailbox
+        mailbox.send(outcome)
         self.counts.handled[outcome.lease.delivery.subscription_id, outcome.status] += 1
 
     def ack_message(self, message: Sequence[Lease]) -> None:
@@ -205,9 +218,27 @@ class QueueClient(SharedExtension):
             return promise.wait()
         raise ProviderUnavailableError(f"{self.settings.provider} did not answer in time")
 
+    def ask_all(self, function: Callable[[QueueProvider], Any]) -> None:
+        """Do something with the provider, and first with the one that is moved away from.
+
+        :raises ProviderError: as :meth:`ask`.
+        """
+        if self._drain is not None:
+            self._drain.ask(function, ASK_SECONDS)
+        self.ask(function)
+
+    def left(self, subscriptions: Sequence[Subscription]) -> int | None:
+        """Count what the provider still has that is moved away from, apart from the log.
+
+        :returns: ``None`` when it does not answer.
+        """
+        return self._drain.left(subscriptions, HEALTH_SECONDS) if self._drain is not None else 0
+
     def forget(self, gone: Sequence[Subscription]) -> None:
         """Have the provider remove subscriptions that were retired, as soon as it answers."""
         self._mailbox.send(Forget(list(gone)))
+        if self._drain is not None:
+            self._drain.mailbox.send(Forget(list(gone)))
 
     @property
     def joins_log(self) -> bool:
@@ -240,20 +271,28 @@ class QueueClient(SharedExtension):
             kind = UnloggedPump
         elif self._is_joined:
             kind = JoinedPump
-        return kind(self.settings, provider, self._mailbox, self._take, _log.log, self._crash)
+        return kind(self.settings, provider, self._mailbox, self._take_own, _log.log, self._crash)
 
     def _consume(self) -> None:
         wanted = [handler.subscription for handler in self._handlers]
         ready = Promise()
 
-        def on_registered(registered: list[Subscription]) -> None:
+        def learn(registered: list[Subscription]) -> None:
             for handler, subscription in zip(self._handlers, registered, strict=True):
                 self._by_subscription[subscription.id] = handler
                 self.counts.subscriptions[subscription.id] = subscription
+            if self._drain is not None:
+                sizes = {each.id: size for each, size in zip(registered, batches, strict=True)}
+                self._drain.note_batches(sizes)
+
+        def on_registered(registered: list[Subscription]) -> None:
+            learn(registered)
             self._say_ready()
             ready.resolve(None)
 
         batches = [handler.batch_size or 1 for handler in self._handlers]
+        if self._drain is not None:
+            self._drain.consume(Consume(wanted, batches, self.container.max_workers, learn))
         self._mailbox.send(Consume(wanted, batches, self.container.max_workers, on_registered))
         with eventlet.Timeout(START_SECONDS, False):
             ready.wait()
@@ -272,10 +311,15 @@ class QueueClient(SharedExtension):
             len(self._handlers),
         )
 
+    def _take_own(self, leases: list[Lease]) -> None:
+        if self._drain is not None:
+            self._drain.came(leases)
+        self._take(leases)
+
     def _take(self, leases: list[Lease]) -> None:
         for lease in leases:
             self._inbox.put(lease)
-        if not self._is_joined:
+        if not self._is_joined or self._drain is not None:
             eventlet.spawn_after(HELD_SECONDS, self._give_back_held, leases)
 
     def _give_back_held(self, leases: list[Lease]) -> None:

@@ -90,6 +90,14 @@ class Declare:
 
 
 @dataclass(slots=True)
+class Prepare:
+    """Have a place for these before anything is published, and the pauses of some."""
+
+    subscriptions: Sequence[Subscription]
+    paused: Sequence[Subscription]
+
+
+@dataclass(slots=True)
 class Settle:
     """End these leases."""
 

@@ -27,7 +27,7 @@ from shared.events.ramps import Ramps
 from shared.events.repairs import Operations
 from shared.events.schedules import Schedules
 from shared.native import sleep
-from shared.providers import QueueProvider, make_provider
+from shared.providers import QueueProvider, draining_settings, make_provider
 from shared.settings import Settings
 from shared.store import backlog, dedupe, log
 from shared.store.dedupe import First
@@ -117,6 +117,20 @@ class DirectClient:
         self._connect()
         return function(self._provider)
 
+    def ask_all(self, function: Callable[[QueueProvider], Any]) -> None:
+        """Do something with the provider, and first with the one that is moved away from.
+
+        :raises ProviderError: what it raises, or ProviderUnavailableError.
+        """
+        if self.settings.drain:
+            old = make_provider(draining_settings(self.settings))
+            try:
+                old.initialize()
+                function(old)
+            finally:
+                old.close()
+        self.ask(function)
+
     def health(self) -> bool:
         """Say whether the provider answers."""
         try:
@@ -202,6 +216,17 @@ class DirectClient:
                 f"stored, and relayed when {self.settings.provider} takes it: {exc}"
             )
 
+    def relay(self) -> int:
+        """Hand over to the provider what is ready for it, up to 500 of each subscription.
+
+        :returns: how many that were; others may have taken some meanwhile.
+        :raises ProviderError: when it does not answer.
+        """
+        self._connect()
+        taken: list[Delivery] = self._run(backlog.take)
+        self._publish(taken)
+        return len(taken)
+
     def _relay(self, wanted: set[int]) -> None:
         deadline = monotonic() + RELAY_SECONDS
         while monotonic() < deadline:
@@ -230,7 +255,8 @@ class DirectClient:
             raise
         without = {id(each) for each in homeless}
         done = [each for each in deliveries if id(each) not in without or not each.seq]
-        self._database.run(partial(backlog.published, deliveries=done), durable=False)
+        to = self.settings.provider if self.settings.drain else None
+        self._database.run(partial(backlog.published, deliveries=done, to=to), durable=False)
         self._provider.published(deliveries)
 
 

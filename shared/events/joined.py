@@ -16,7 +16,7 @@ from shared.errors import ProviderError, QueueError
 from shared.events.commands import Ask, Call, Check, Consume, StopConsuming
 from shared.events.pump import RECONNECT_SECONDS, SIGN_SECONDS, Pump, Turn
 from shared.native import select as wait_readable
-from shared.store import attempts, subscriptions
+from shared.store import attempts, moving, subscriptions
 from shared.store.limits import Grant
 from shared.store.log import IN_LOG, Handover
 from shared.store.summary import refresh
@@ -73,12 +73,16 @@ class JoinedPump(Pump):
             signs.append(self._gate.ask_at)
         return min(signs + ([self._renew_at] if self._active else []))
 
+    def look_again(self) -> None:
+        self._mailbox.inbox.ring()
+
     def _room(self) -> int:
         """Return how many workers are free."""
         if not self._mine:
             return 0
         busy: Counter[int] = Counter(x.delivery.subscription_id for x in self._active.values())
-        return self._workers - sum(-(-n // self._batches.get(x, 1)) for x, n in busy.items())
+        own = sum(-(-n // self._batches.get(x, 1)) for x, n in busy.items())
+        return self._workers - own - self.elsewhere()
 
     # --- one turn
 
@@ -180,6 +184,8 @@ class JoinedPump(Pump):
         turn.touched |= {lease.delivery.message.id for lease in turn.leases}
         started = attempts.start(tx, turn.leases, self._worker)
         turn.leases = started.run
+        if turn.leases and self._settings.drain:
+            moving.mark(tx, [lease.delivery.seq for lease in turn.leases], None)
         turn.had_settled = bool(started.settled)
         if started.settled:
             self._provider.settle(started.settled, tx)

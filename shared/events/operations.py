@@ -17,12 +17,13 @@ from shared.errors import ProviderError, StoreUnavailableError
 from shared.events.audit import Audit
 from shared.events.client import QueueClient
 from shared.events.dispatcher import make_envelope
+from shared.events.draining import route_of
 from shared.native import Mailbox, Thread
 from shared.observe.counts import AuditCounts
 from shared.observe.traces import Dispatching
 from shared.providers import QueueProvider
 from shared.settings import Settings, refuse_start, settings_or_exit
-from shared.store import queries, repair
+from shared.store import moving, queries, repair
 from shared.store.gauges import LogGauges, log_gauges
 from shared.store.log import Handover
 from shared.types import Dedupe, Delivery, Envelope, Subscription
@@ -104,6 +105,9 @@ class LogClient(Protocol):
 
     def ask(self, function: Callable[[QueueProvider], Any]) -> Any:
         """See :meth:`QueueClient.ask`."""
+
+    def ask_all(self, function: Callable[[QueueProvider], Any]) -> None:
+        """See :meth:`QueueClient.ask_all`."""
 
     def health(self) -> bool:
         """See :meth:`QueueClient.health`."""
@@ -214,7 +218,9 @@ class QueueService(DependencyProvider, Publisher):
         except StoreUnavailableError:
             silent, is_database_up = [], False
         is_provider_up = self.client.health()
+        draining = self._draining() if is_database_up else None
         is_well = is_database_up and is_provider_up and not silent
+        is_well = is_well and (draining is None or draining["status"] == "up")
         return {
             "status": "healthy" if is_well else "unhealthy",
             "provider": {
@@ -223,7 +229,19 @@ class QueueService(DependencyProvider, Publisher):
             },
             "database": {"status": "up" if is_database_up else "down"},
             "consumers": {"status": "silent" if silent else "live", "silent": silent},
+            "draining": draining,
         }
+
+    def _draining(self) -> dict[str, Any] | None:
+        """Say what the provider still has that is moved away from, if any is."""
+        settings = self.client.settings
+        if not settings.drain:
+            return None
+        mine, in_log = self.reader.read(moving.seen, route_of(settings))
+        left = self.client.left(mine)
+        status = "down" if left is None else "up"
+        left = None if left is None else left + in_log
+        return {"name": settings.drain, "status": status, "left": left}
 
 
 class AuditTimer(DependencyProvider):

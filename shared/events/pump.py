@@ -132,6 +132,8 @@ class Pump(ABC):
         self._die_at: float | None = None
         self.is_over = False
         """Whether it has handed back all that it had."""
+        self.elsewhere: Callable[[], int] = lambda: 0
+        """Says how many of the same workers have what another pump handed out."""
 
     def die_by(self, deadline: float) -> None:
         """Signal handler: hand back everything at ``deadline``, a monotonic time."""
@@ -418,6 +420,10 @@ class Pump(ABC):
             if self._gate.limited:
                 self._database.run(self._gate.leave)
         self._active = {}
+
+    @abstractmethod
+    def look_again(self) -> None:
+        """Hub: have it reserve more; a worker is free that another pump had."""
 
     @abstractmethod
     def _consume_nothing(self) -> None:

@@ -338,7 +338,7 @@ class Operations(Publisher, Replays):
 
     def _pause(self, actor: str, wanted: Sequence[Subscription], is_paused: bool) -> dict[str, Any]:
         for each in wanted:
-            self.client.ask(partial(_set_paused, subscription=each, is_paused=is_paused))
+            self.client.ask_all(partial(_set_paused, subscription=each, is_paused=is_paused))
         ids = [each.id for each in wanted]
 
         def step(tx: Transaction) -> tuple[None, list[Delivery]]:
@@ -352,7 +352,7 @@ class Operations(Publisher, Replays):
         if not is_paused:
             # an audit that saw the pause in the log alone may have put it back in between
             for each in wanted:
-                self.client.ask(partial(_set_paused, subscription=each, is_paused=False))
+                self.client.ask_all(partial(_set_paused, subscription=each, is_paused=False))
         return {"subscriptions": ids, "paused": is_paused}
 
     def limit(self, actor: str, subscription_id: int, wanted: Limits) -> dict[str, Any]:

@@ -260,6 +260,8 @@ def _sum_of(condition: Any) -> Any:
     return func.coalesce(func.sum(case((condition, 1), else_=0)), 0)
 
 
+# What another provider was to publish may be ready before its time.
+_IS_DUE = c.available_at.is_(None)
 # What has a time is published already: by its schedule, or to be tried again.
 _IS_NEW = and_(_IS_WAITING, c.lease_expires_at.is_(None), c.available_at.is_(None))
 _READY = Prepared(update(deliveries).where(c.seq.in_(_SEQS), _IS_NEW).values(ready=True))
@@ -271,7 +273,7 @@ _DELAY = Prepared(
 _SCHEDULE = Prepared(
     update(deliveries)
     .where(c.seq == bindparam("its_seq"), _IS_WAITING)
-    .values(available_at=bindparam("its_due"))
+    .values(available_at=bindparam("its_due"), provider=None)
 )
 _LOOK = Prepared(
     select(
@@ -280,14 +282,14 @@ _LOOK = Prepared(
         _earliest(c.available_at).label("available"),
         _earliest(c.lease_expires_at).label("lease"),
         exists()
-        .where(c.subscription_id == subscriptions.c.id, c.ready == true())
+        .where(c.subscription_id == subscriptions.c.id, c.ready == true(), _IS_DUE)
         .label("is_ready"),
     ).where(subscriptions.c.id.in_(_IDS))
 )
 _DUE = Prepared(
     update(deliveries)
     .where(c.subscription_id.in_(_IDS), c.available_at <= _NOW)
-    .values(ready=_IS_WAITING, available_at=None)
+    .values(ready=_IS_WAITING, available_at=None, provider=None)
 )
 _TAKE_OVER = Prepared(
     update(deliveries)
@@ -297,7 +299,7 @@ _TAKE_OVER = Prepared(
 )
 _NEXT = Prepared(
     select(c.seq)
-    .where(c.subscription_id == bindparam("id"), c.ready == true())
+    .where(c.subscription_id == bindparam("id"), c.ready == true(), _IS_DUE)
     .order_by(c.priority_rank, c.seq)
     .limit(bindparam("limit", type_=Integer))
     .offset(bindparam("offset", type_=Integer))

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     BindParameter,
@@ -33,7 +33,7 @@ from shared.statements import Prepared
 from shared.store import failures
 from shared.store.summary import lock, refresh, summarise
 from shared.tables import attempts, deliveries
-from shared.types import Failure, Lease, Outcome, SettleAction, Settlement
+from shared.types import Delivery, Failure, Lease, Outcome, SettleAction, Settlement
 
 c = deliveries.c
 
@@ -54,6 +54,8 @@ class Started:
     run: list[Lease] = field(default_factory=list)
     settled: list[Settlement] = field(default_factory=list)
     resumed: list[Lease] = field(default_factory=list)
+    again: list[Delivery] = field(default_factory=list)
+    """What is to be published again: the log has moved on since it was."""
 
 
 def _may_become(status: DeliveryStatus) -> ColumnElement[bool]:
@@ -114,7 +116,7 @@ _HOLD = Prepared(
 _QUEUE_AGAIN = Prepared(
     update(deliveries)
     .where(c.seq.in_(_SEQS))
-    .values(ready=True, lease_expires_at=None, lease_token=c.lease_token + 1)
+    .values(ready=True, lease_expires_at=None, lease_token=c.lease_token + 1, provider=None)
 )
 _LET_GO = Prepared(update(deliveries).where(c.seq.in_(_SEQS)).values(lease_expires_at=None))
 _COUNT_TAKEOVER = Prepared(
@@ -190,6 +192,7 @@ def start(
     *,
     running: Collection[int] = (),
     held_for: float | None = None,
+    is_moving: bool = False,
 ) -> Started:
     """Note that attempts begin, and sort out what is not to run.
 
@@ -199,8 +202,10 @@ def start(
     :param running: what ``worker`` has in hand already: it lost the lease and got it again.
     :param held_for: seconds for which the log keeps the leases of a provider apart, 0 where
         that provider does it; ``None`` for a provider that works in these tables itself.
+    :param is_moving: whether another provider may hand out copies of the same deliveries.
     """
     started = Started()
+    copies = None if held_for is None else _Copies(tx, is_moving)
     # a provider in these tables cannot have forgotten that it handed something out before
     is_new = {lease.key for lease in leases if held_for is None and lease.token == 1}
     known = [lease for lease in leases if lease.key not in is_new]
@@ -214,26 +219,35 @@ def start(
         elif lease.key in is_new:
             started.run.append(lease)
         else:
-            _sort_out(tx, started, lease, states.get(seq), seq in running)
+            _sort_out(tx, started, lease, states.get(seq), seq in running, copies)
         seen.add(seq)
     _begin(tx, started.run + started.resumed, worker, held_for)
     return started
 
 
 def _sort_out(
-    tx: Transaction, started: Started, lease: Lease, state: Any, is_running: bool
+    tx: Transaction,
+    started: Started,
+    lease: Lease,
+    state: Any,
+    is_running: bool,
+    copies: _Copies | None,
 ) -> None:
     """Find out what to do with a delivery that may have been handed out before."""
     if state is None or state.status in FINAL:
         started.settled.append(Settlement(lease, _stored_action(state)))
         return
-    is_other_copy = not lease.token and _is_other_copy(tx, lease, state)
+    is_other_copy = copies is not None and copies.is_other(lease, state)
+    is_old_copy = copies is not None and copies.is_old(lease, state)
     lease = _as_stored(lease, state)
     wait = (state.available_at - tx.now).total_seconds() if state.available_at else 0.0
     if is_running:
         started.resumed.append(lease)
     elif is_other_copy:
         started.settled.append(Settlement(lease, SettleAction.ACKNOWLEDGE))
+    elif is_old_copy:
+        started.settled.append(Settlement(lease, SettleAction.ACKNOWLEDGE))
+        started.again.append(lease.delivery)
     elif wait > EARLY_SECONDS:
         started.settled.append(_postponed(lease, wait))
     elif state.status != DeliveryStatus.PROCESSING or _take_over(tx, state):
@@ -249,13 +263,31 @@ def _as_stored(lease: Lease, state: Any) -> Lease:
     return replace(lease, token=token, delivery=replace(lease.delivery, attempts=state.attempts))
 
 
-def _is_other_copy(tx: Transaction, lease: Lease, state: Any) -> bool:
-    """Whether somebody works on another copy of what a broker was given twice.
+class _Copies(NamedTuple):
+    """Tells copies of a delivery apart: a broker, or two of them, may have been given several.
 
-    Should that worker die, its copy comes again, or its lease in the log runs out.
+    What is dropped is not lost: should the worker of the other copy die, that one comes again,
+    or its lease in the log runs out.
     """
-    is_held = state.lease_expires_at is not None and state.lease_expires_at > tx.now
-    return state.status == DeliveryStatus.PROCESSING and is_held and not lease.redelivered
+
+    tx: Transaction
+    is_moving: bool
+
+    def is_other(self, lease: Lease, state: Any) -> bool:
+        """Whether somebody works on another copy."""
+        if state.status != DeliveryStatus.PROCESSING:
+            return False
+        if state.lease_expires_at is None:
+            # it is leased by a provider that keeps leases itself, which is not this one
+            return not lease.token
+        is_held: bool = state.lease_expires_at > self.tx.now
+        # of two providers each knows only what itself handed out before
+        return is_held and (self.is_moving or not lease.redelivered)
+
+    @staticmethod
+    def is_old(lease: Lease, state: Any) -> bool:
+        """Whether the log has moved on since it was published: an outcome would be refused."""
+        return state.status in WAITING and 0 < lease.token < state.lease_token
 
 
 def _postponed(lease: Lease, seconds: float) -> Settlement:
@@ -300,7 +332,8 @@ def _is_first(lease: Lease) -> bool:
 def _is_fresh(state: Any) -> bool:
     """Whether nobody had it, and it is due."""
     is_waiting: bool = state.status == DeliveryStatus.PENDING
-    return is_waiting and not state.lease_token and state.available_at is None
+    # what is to be published again may come more than once
+    return is_waiting and not (state.lease_token or state.available_at or state.ready)
 
 
 def begin(tx: Transaction, leases: Sequence[Lease], worker: str, held_for: float) -> None:

@@ -53,7 +53,9 @@ _IS_OPEN = and_(d.status != literal_column("'completed'"), or_(_IS_WAITING, _IS_
 _IS_ELSEWHERE = and_(d.ready == false(), d.lease_expires_at.is_(None))
 
 _GIVE_BACK = Prepared(
-    update(deliveries).where(d.seq.in_(_SEQS), _IS_WAITING, _IS_ELSEWHERE).values(ready=True)
+    update(deliveries)
+    .where(d.seq.in_(_SEQS), _IS_WAITING, _IS_ELSEWHERE)
+    .values(ready=True, provider=None)
 )
 _HOLD = Prepared(
     update(deliveries)
@@ -72,6 +74,7 @@ class Entry(NamedTuple):
     attempts: int
     lease_token: int
     available_at: datetime | None
+    provider: str | None = None
 
 
 def elsewhere(connection: Connection, *, is_joined: bool) -> list[Entry]:

@@ -65,10 +65,15 @@ _IS_WAITING = or_(*[c.status == status for status in sorted(WAITING)])
 _PUBLISHED = Prepared(
     update(deliveries).where(c.seq.in_(_SEQS), _IS_WAITING).values(lease_expires_at=None)
 )
+_PUBLISHED_TO = Prepared(
+    update(deliveries)
+    .where(c.seq.in_(_SEQS), _IS_WAITING)
+    .values(lease_expires_at=None, provider=bindparam("to"))
+)
 _GIVE_BACK = Prepared(
     update(deliveries)
     .where(c.seq.in_(_SEQS), _IS_WAITING)
-    .values(lease_expires_at=None, ready=True)
+    .values(lease_expires_at=None, ready=True, provider=None)
 )
 _SUBSCRIPTIONS = Prepared(select(subscriptions.c.id))
 _EXPIRED = Prepared(
@@ -161,11 +166,16 @@ def oldest_due(tx: Transaction, subscription_ids: Sequence[int]) -> dict[int, in
     return {row.subscription_id: row.seq for row in _OLDEST_DUE.fetch(tx, due)}
 
 
-def published(tx: Transaction, deliveries: Sequence[Delivery]) -> None:
-    """Note that the provider has them."""
+def published(tx: Transaction, deliveries: Sequence[Delivery], to: str | None = None) -> None:
+    """Note that the provider has them.
+
+    :param to: which one that is, where there are two.
+    """
     seqs, alone = _parted(deliveries)
-    if seqs:
+    if seqs and to is None:
         _PUBLISHED.change(tx, {"seqs": seqs})
+    elif seqs:
+        _PUBLISHED_TO.change(tx, {"seqs": seqs, "to": to})
     if alone:
         log.finish(tx, alone)
 

@@ -107,7 +107,7 @@ class TestFile:
 
     def test_chooses_the_provider_in_one_place(self) -> None:
         lines = [line.strip() for line in COMPOSE.read_text().splitlines()]
-        [chosen] = [line for line in lines if "QUEUE_PROVIDER" in line]
+        [chosen] = [line for line in lines if "QUEUE_PROVIDER:" in line]
         assert chosen == "QUEUE_PROVIDER: ${QUEUE_PROVIDER:-redis}"
 
     @pytest.mark.parametrize("provider", PROVIDERS)

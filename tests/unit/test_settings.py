@@ -41,6 +41,7 @@ WITH_TOKEN = {"QUEUE_ADMIN_TOKENS": "0123456789abcdef"}
 
 READ: Mapping[str, Read] = {
     "QUEUE_PROVIDER": lambda s: s.provider,
+    "QUEUE_PROVIDER_DRAIN": lambda s: s.drain,
     "QUEUE_DATA_DIR": lambda s: s.data_dir,
     "QUEUE_LOG": lambda s: s.log,
     "QUEUE_MAX_PAYLOAD_BYTES": lambda s: s.max_payload_bytes,
@@ -101,6 +102,7 @@ BESIDE = {
 
 DEFAULTS = {
     "QUEUE_PROVIDER": "embedded",
+    "QUEUE_PROVIDER_DRAIN": "",
     "QUEUE_DATA_DIR": Path("./var"),
     "QUEUE_LOG": True,
     "QUEUE_MAX_PAYLOAD_BYTES": 1048576,
@@ -170,6 +172,8 @@ AMQP_URIS = [
 
 GOOD = [
     ("QUEUE_PROVIDER", "shared.providers.embedded:EmbeddedProvider", None),
+    ("QUEUE_PROVIDER_DRAIN", "redis", "redis"),
+    ("QUEUE_PROVIDER_DRAIN", "", ""),
     ("QUEUE_DATA_DIR", "/srv/queue", Path("/srv/queue")),
     ("QUEUE_LOG", "on", True),
     ("QUEUE_LOG", True, True),
@@ -252,6 +256,8 @@ BAD = [
     ("QUEUE_PROVIDER", "shared.providers.embedded", PROVIDERS),
     ("QUEUE_PROVIDER", ".relative:Provider", PROVIDERS),
     ("QUEUE_PROVIDER", "a..b:Provider", PROVIDERS),
+    ("QUEUE_PROVIDER_DRAIN", "kafka", PROVIDERS),
+    ("QUEUE_PROVIDER_DRAIN", "embedded", "must be another than QUEUE_PROVIDER, or empty"),
     ("QUEUE_DATA_DIR", "", "must not be empty"),
     ("QUEUE_LOG", "maybe", "must be on or off"),
     ("QUEUE_LOG", "", "must be on or off"),
@@ -476,6 +482,11 @@ class TestKinds:
 
 
 class TestTogether:
+    def test_nothing_moves_without_the_log(self) -> None:
+        given = {"QUEUE_PROVIDER": "rabbitmq", "QUEUE_PROVIDER_DRAIN": "redis", "QUEUE_LOG": "off"}
+        with pytest.raises(SettingsError, match=r"^QUEUE_PROVIDER_DRAIN: must be empty where"):
+            load_settings(given)
+
     def test_tokens_are_needed_off_loopback(self) -> None:
         off_loopback = {"QUEUE_ADMIN_ADDRESS": "0.0.0.0:3005"}
         with pytest.raises(SettingsError, match=r"^QUEUE_ADMIN_TOKENS: must hold a token"):

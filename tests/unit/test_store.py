@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,7 +151,12 @@ def definitions(engine: Engine) -> list[str]:
     if engine.dialect.name == "sqlite":
         found = ask(engine, "SELECT tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL")
         lines = [
-            line for name, sql in found if name in metadata.tables for line in sql.splitlines()
+            column
+            for name, sql in found
+            if name in metadata.tables
+            for line in sql.splitlines()
+            # one that was added later stands in the line of the one before
+            for column in re.split(r", (?=\w+ [A-Z])", line)
         ]
     else:
         shown = [ask(engine, f"SHOW CREATE TABLE {name}")[0][1] for name in metadata.tables]
