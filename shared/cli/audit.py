@@ -48,9 +48,9 @@ def audit(settings: Settings, repair: bool, is_json: bool) -> None:
     except SettingsError as exc:
         raise WrongArgument(str(exc)) from exc
     accounts, found = _audited(settings, repair)
-    report = _report(settings, accounts, found, repair)
+    report = report_of(settings, accounts, found, repair)
     verdict = "balanced" if found.are_none else "repaired" if repair else "not balanced"
-    click.echo(json.dumps(report, indent=2) if is_json else _shown(report, f"{verdict}: {found}"))
+    click.echo(json.dumps(report, indent=2) if is_json else shown(report, f"{verdict}: {found}"))
     if verdict == "not balanced":
         raise click.exceptions.Exit(1)
 
@@ -69,9 +69,10 @@ def _audited(settings: Settings, repair: bool) -> tuple[list[Account], Findings]
     return accounts, found
 
 
-def _report(
+def report_of(
     settings: Settings, accounts: Sequence[Account], found: Findings, repair: bool
 ) -> dict[str, Any]:
+    """Return what ``--json`` prints."""
     return {
         "provider": settings.provider,
         "balanced": found.are_none,
@@ -112,7 +113,8 @@ def _row(settings: Settings, account: Account, found: Findings) -> dict[str, Any
     }
 
 
-def _shown(report: dict[str, Any], said: str) -> str:
+def shown(report: dict[str, Any], said: str) -> str:
+    """Return a report as a table, and what it comes to."""
     rows = [list(COLUMNS.values())]
     for each in report["subscriptions"]:
         rows.append(["-" if each[key] is None else str(each[key]) for key in COLUMNS])

@@ -14,6 +14,7 @@ from shared.cli.audit import audit
 from shared.cli.config import config
 from shared.cli.failures import Failure, WrongArgument
 from shared.cli.limits import limit
+from shared.cli.migrate import migrate
 from shared.cli.rabbitmq import rabbitmq
 from shared.cli.ramps import ramp
 from shared.cli.schedules import schedules
@@ -66,6 +67,7 @@ for _command in (
     looking.subscriptions,
     looking.watch,
     looking.why,
+    migrate,
     rabbitmq,
     ramp,
     schedules,

@@ -13,7 +13,7 @@ takes many at once; everything that can fail raises a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,3 +198,22 @@ class QueueProvider(ABC):
     def shares(self, subscription: Subscription) -> bool:
         """Say whether others than us take from its queue, too: what is not there they may have."""
         return False
+
+    # --- what a move to another provider asks; one that cannot do it leaves these as they are
+
+    def take_waiting(self, subscription: Subscription, limit: int) -> list[Lease]:
+        """Reserve what waits for one subscription, and where it can while that is paused."""
+        return self.reserve({subscription.id: limit}, limit)
+
+    def drop_scheduled(
+        self,
+        subscriptions: Sequence[Subscription],
+        is_over: Callable[[Sequence[int]], Set[int]],
+    ) -> int:
+        """Remove copies of what waits for a time and is over; return how many.
+
+        A copy that stays does no harm: the log is asked before it runs.
+
+        :param is_over: returns those of some deliveries that another provider has, or that ended.
+        """
+        return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from nameko.containers import ServiceContainer
 from nameko.testing.services import dummy, entrypoint_hook
+from sqlalchemy import Connection
 
 from shared.database import database_url, make_reader
 from shared.events import EventDispatcher, QueueService
@@ -100,6 +102,12 @@ class Flow:
         with self._reader.connect() as connection:
             return queries.message(connection, message_id)
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """Read the log."""
+        with self._reader.connect() as connection:
+            yield connection
+
     def stats(self) -> dict[str, Any]:
         with self._reader.connect() as connection:
             return queries.queue_stats(connection, "source") or {}
@@ -122,12 +130,17 @@ class Flow:
             every=0.1,
         )
 
+    def stop_source(self) -> None:
+        """Have the service stopped that dispatches for the test; the next call starts it anew."""
+        if self._container is not None:
+            self._container.stop()
+            self._container = None
+
     def close(self) -> None:
         # how a process stops is tested where it is asked to; here it is in nobody's way
         for process in self.processes:
             process.kill()
-        if self._container is not None:
-            self._container.stop()
+        self.stop_source()
         self._reader.dispose()
 
     @property

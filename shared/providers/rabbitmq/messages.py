@@ -244,6 +244,16 @@ def delivery_of(held: Held, subscription: Subscription) -> Delivery:
     )
 
 
+def seqs_of(message: Any) -> list[int]:
+    """Return the deliveries that a message is; none of one that others sent."""
+    headers = message.properties.get("application_headers") or {}
+    numbers = headers.get(f"{OUR_PREFIX}deliveries")
+    found = [headers.get(f"{OUR_PREFIX}seq")]
+    if found[0] is None and isinstance(numbers, dict):
+        found = list(numbers.values())
+    return [seq for seq in map(_whole, found) if seq]
+
+
 def _envelope(held: Held, subscription: Subscription, headers: Mapping[str, Any]) -> Envelope:
     properties = held.message.properties
     is_ours = f"{OUR_PREFIX}name" in headers

@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from time import monotonic
 from typing import Any
@@ -260,6 +260,26 @@ class RabbitMQProvider(QueueProvider):
             there = list(itertools.takewhile(lambda name: inlet.count(name) is not None, names))
             # messages go from the longer ones to the shorter: so none is counted by neither
             return sum(inlet.count(name) or 0 for name in reversed(there))
+
+    def take_waiting(self, subscription: Subscription, limit: int) -> list[Lease]:
+        # a pause is what consumers agree upon; the queue itself knows nothing of it
+        was_paused, self._paused = self._paused, self._paused - {subscription.id}
+        try:
+            return self.reserve({subscription.id: limit}, limit)
+        finally:
+            self._paused |= was_paused & {subscription.id}
+
+    def drop_scheduled(
+        self,
+        subscriptions: Sequence[Subscription],
+        is_over: Callable[[Sequence[int]], Set[int]],
+    ) -> int:
+        with self._translated():
+            inlet, _ = self._connect()
+            names = map(self._layout.delay, range(DELAY_LEVELS))
+            there = list(itertools.takewhile(lambda name: inlet.count(name) is not None, names))
+            # from the longer ones to the shorter, as they go: none is overlooked on its way
+            return sum(inlet.drop(name, is_over) for name in reversed(there))
 
     def shares(self, subscription: Subscription) -> bool:
         if subscription.id in self._mine:

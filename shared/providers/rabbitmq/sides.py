@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from shared.providers.rabbitmq.messages import (
     Moves,
     Publication,
     parsed_object,
+    seqs_of,
     text_of,
 )
 from shared.types import SettleAction, Settlement, Subscription
@@ -311,6 +312,34 @@ class Inlet(Side):
             return None
         except amqp.ResourceLocked:
             return 0  # another connection's own
+
+    def drop(self, name: str, is_over: Callable[[Sequence[int]], Set[int]]) -> int:
+        """Remove of a queue those messages all of whose deliveries are over; return how many.
+
+        The others keep their places, and when they expire.
+        """
+        channel, dropped = Channel(self.connection), 0
+        channel.open()
+        try:
+            while some := self._some_of(channel, name):
+                asked = sorted({seq for _, seqs in some for seq in seqs})
+                over = is_over(asked) if asked else set()
+                tags = [tag for tag, seqs in some if seqs and over >= set(seqs)]
+                for tag in tags:
+                    channel.basic_ack(tag)
+                dropped += len(tags)
+        finally:
+            # with it goes back what was not removed
+            channel.close()
+        return dropped
+
+    @staticmethod
+    def _some_of(channel: Channel, name: str) -> list[tuple[int, list[int]]]:
+        """Take messages of a queue in hand; return of each its tag, and its deliveries."""
+        some: list[tuple[int, list[int]]] = []
+        while len(some) < MOST_AT_ONCE and (message := channel.basic_get(name)) is not None:
+            some.append((message.delivery_tag, seqs_of(message)))
+        return some
 
     def purge(self, name: str) -> int:
         """Remove what is ready in a queue; return how many that was."""

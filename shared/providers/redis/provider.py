@@ -8,7 +8,7 @@ clock decides what is due. Who waits is woken by pub/sub.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from time import monotonic
 from typing import Any
 
@@ -18,6 +18,7 @@ from shared.providers.base import Capabilities, QueueProvider, SubscriptionStats
 from shared.providers.redis.connected import Connected
 from shared.providers.redis.rpc import RedisRpc
 from shared.providers.redis.scripts import script
+from shared.providers.redis.servers import preload
 from shared.providers.redis.wire import (
     MOST_AT_ONCE,
     PLACES,
@@ -54,6 +55,7 @@ class RedisProvider(Connected, QueueProvider):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
+        preload()
         self._keys = Keys(settings.redis_prefix)
         self._mine: dict[int, Subscription] = {}
         # when, by this process's own clock, something becomes due of itself
@@ -175,6 +177,21 @@ class RedisProvider(Connected, QueueProvider):
         answers = self._run([Command(key, ("HMGET", key, *chunk)) for chunk in chunks])
         found = [record for answer in answers for record in answer]
         return {seq for seq, record in zip(seqs, found, strict=True) if record is not None}
+
+    def drop_scheduled(
+        self,
+        subscriptions: Sequence[Subscription],
+        is_over: Callable[[Sequence[int]], Set[int]],
+    ) -> int:
+        dropped = 0
+        for each in subscriptions:
+            place = PLACES.index("scheduled") - len(PLACES)
+            key = self._keys.of(each.queue, [each.id])[place]
+            [found] = self._run([Command(key, ("ZRANGE", key, 0, -1))])
+            seqs = [int(seq) for seq in found]
+            if seqs and is_over(seqs) >= set(seqs):
+                dropped += self._remove(each, "scheduled")
+        return dropped
 
     # --- what is said to Redis
 

@@ -7,6 +7,7 @@ from time import monotonic
 
 from shared.providers.redis.connected import Connected
 from shared.providers.redis.scripts import script
+from shared.providers.redis.servers import preload
 from shared.providers.redis.wire import Command, Keys, milliseconds
 from shared.providers.rpc import RpcMessage, RpcTransport, wake_id
 from shared.settings import Settings
@@ -20,6 +21,7 @@ class RedisRpc(Connected, RpcTransport):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
+        preload()
         self._keys = Keys(settings.redis_prefix)
         # each queue, and whether it is a lasting one
         self._declared: dict[str, bool] = {}

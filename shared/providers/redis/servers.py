@@ -46,6 +46,15 @@ def driver() -> Any:
     return module
 
 
+def preload() -> None:
+    """Import redis-py where it is not yet, on the hub.
+
+    Two native threads that import it at the same moment wait for each other's lock, which is green.
+    """
+    with contextlib.suppress(ProviderError):  # who connects says it
+        driver()
+
+
 @contextlib.contextmanager
 def translated(settings: Settings, lose: Callable[[], None]) -> Iterator[None]:
     """Turn redis-py's errors into ours; after any that ends the connection, call ``lose``."""

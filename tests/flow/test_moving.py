@@ -1,0 +1,273 @@
+"""Moves from each provider to each other, live: nothing is lost, nothing runs twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import requests
+from click.testing import CliRunner
+
+from shared.cli import main
+from shared.events import moving
+from shared.settings import load_settings
+from shared.store import trail
+from shared.testing.servers import HOST, free_port
+from tests.support.metrics import parsed, value
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.flow
+
+FLEET = "tests.flow.apps.fleet"
+CONFIG = ("--config", "config.yml")
+
+MOVES = [
+    (old, new)
+    for old in ("redis", "rabbitmq", "embedded")
+    for new in ("redis", "rabbitmq", "embedded")
+    if old != new
+]
+
+WAITING, SCHEDULED, RETRIED, DEAD, HALTED = 240, 30, 20, 15, 20
+
+
+class Move:
+    """A fleet of two processes, what it has to do, and the one who moves it."""
+
+    def __init__(self, flow, old, new):
+        self.flow = flow
+        self.old, self.new = old, new
+        self.fleet = [self.start(QUEUE_PROVIDER=old) for _ in range(2)]
+        # dispatched before anybody had subscribed
+        self.early = {each["n"] for each in flow.effects.all(what="sent")}
+
+    def start(self, **env):
+        # slow enough for most to be waiting still when the move begins
+        more = {"MAX_WORKERS": "2", "SLOW_SECONDS": "0.1", "PER_SECOND": "15"}
+        return self.flow.run(FLEET, ready=2, arguments=CONFIG, **more, **env)
+
+    def fill(self):
+        """Dispatch what waits, is scheduled, is to be tried again, is dead, and is paused."""
+        send = self.flow.send_many
+        self.dead = send([("task.sent", {"n": f"d{n}", "is_broken": True}) for n in range(DEAD)])
+        again = [("task.sent", {"n": f"r{n}", "again_in": 15}) for n in range(RETRIED)]
+        retried = send(again, priority="urgent")
+        for each, status in ((self.dead[-1], "failed"), (retried[-1], "retry")):
+            self.flow.wait_for_status(each, status, 30)
+        self.pause("task.halted", True)
+        self.ids = [
+            *retried,
+            *send([("task.sent", {"n": n}) for n in range(WAITING)]),
+            *send([("task.put_off", {"n": n}) for n in range(SCHEDULED)], delay=15),
+        ]
+        self.halted = send([("task.halted", {"n": n}) for n in range(HALTED)])
+        # who dispatched them is stopped next: it would leave to others what is not published yet
+        wait_until(self.is_published, 20, lambda: str(self.ctl("audit", "--json")))
+
+    def is_published(self):
+        rows = self.ctl("audit", "--json")["subscriptions"]
+        return not sum(each["inLog"] for each in rows if each["subscriber"] != "crew.slow")
+
+    def pause(self, event_type, is_paused, **env):
+        shown = self.ctl("subscriptions", "--json", **env)
+        [its] = [x["id"] for x in shown["subscriptions"] if x["messageType"] == event_type]
+        self.ctl("pause" if is_paused else "resume", str(its), **env)
+
+    def restart(self, new, old):
+        """Stop each process in its turn, and start it with other settings."""
+        self.flow.stop_source()
+        for place, process in enumerate(self.fleet):
+            assert process.terminate() == 0
+            self.fleet[place] = self.start(QUEUE_PROVIDER=new, QUEUE_PROVIDER_DRAIN=old)
+
+    def ctl(self, *command, status=0, **env):
+        done = CliRunner().invoke(main, command, env={**self.flow.env, **env})
+        assert done.exit_code == status, (done.output, done.stderr)
+        return json.loads(done.stdout) if "--json" in command or "migrate" in command else None
+
+    def migrate(self, old, new, *options, status=0):
+        return self.ctl("migrate", "--from", old, "--to", new, "--json", *options, status=status)
+
+    def kill_migrate(self, old, new):
+        """Begin a move, and kill it."""
+        queuectl = Path(sys.executable).with_name("queuectl")
+        command = [queuectl, "migrate", "--from", old, "--to", new]
+        process = subprocess.Popen(command, env={**os.environ, **self.flow.env})
+        wait_until(lambda: "begun" in self.states(), 30, "it to have begun")
+        process.kill()
+        process.wait()
+
+    def states(self):
+        """Return what the audit log says of moves, the newest first."""
+        with self.flow.reading() as connection:
+            entries = trail.entries(connection, None, 100)["entries"]
+        return [each["detail"]["state"] for each in entries if each["action"] == "migrate"]
+
+    def check_the_rest(self, new, old):
+        """Retry what is dead, resume what is paused, and see that each was handled once."""
+        there = {"QUEUE_PROVIDER": new, "QUEUE_PROVIDER_DRAIN": old}
+        assert self.flow.effects.all(handler="halted") == []
+        (self.flow.folder / "effects.mended").touch()
+        self.ctl("retry", "--queue", "source", **there)
+        self.pause("task.halted", False, **there)
+        self.ids += self.dead + self.halted
+        self.finish()
+        self.check()
+        # nobody needs the old one any more
+        assert self.fleet[0].terminate() == 0
+        self.ctl("audit", QUEUE_PROVIDER=new)
+
+    def finish(self, timeout=60):
+        """Have nothing more dispatched, and wait until all is handled."""
+        flow = self.flow
+        for each in self.ids:
+            flow.wait_for_status(each, "completed", timeout)
+        self.stop_ticking()
+
+    def stop_ticking(self):
+        # the ticker of each process goes with it; what they sent is handled by the last one
+        last = self.fleet.pop()
+        for process in self.fleet:
+            assert process.terminate() == 0
+        self.fleet = [last]
+
+    def check(self):
+        """See that each was handled once, by an account that is not the log's."""
+        effects = self.flow.effects
+        sent = {each["n"] for each in effects.all(what="sent")}
+
+        def unhandled():
+            return sorted(sent - self.early - {each["n"] for each in effects.all(handler="quick")})
+
+        wait_until(lambda: not unhandled(), 30, lambda: f"these to be handled: {unhandled()}")
+        ran = Counter((x["handler"], x["n"]) for x in effects.all(what="ran"))
+        assert [each for each, count in ran.items() if count > 1] == []
+        expected = {
+            "slow": WAITING + RETRIED + DEAD,
+            "beside": WAITING + RETRIED + DEAD,
+            "later": SCHEDULED,
+            "halted": HALTED,
+        }
+        found = Counter(handler for handler, _ in ran)
+        assert {name: found[name] for name in expected} == expected
+        times = {(x["handler"], x["n"]): x for x in effects.all(what="ran")}
+        assert all(times["slow", f"r{n}"]["attempt"] == 2 for n in range(RETRIED))
+
+
+def receipt_is_right(report, old):
+    assert (report["from"], report["isEmpty"], report["balanced"]) == (old, True, True)
+    assert report["missing"] == report["unpaused"] == report["misdrawn"] == 0
+    rows = {(x["messageType"], x["subscriber"]): x for x in report["subscriptions"]}
+    for each in rows.values():
+        ended = each["completed"] + each["dead"] + each["discarded"]
+        assert each["dispatched"] == ended + each["waiting"]
+        assert each["leftInOld"] == 0
+    slow = rows["task.sent", "crew.slow"]
+    assert (slow["dispatched"], slow["dead"]) == (WAITING + RETRIED + DEAD, DEAD)
+    assert rows["task.put_off", "crew.later"]["dispatched"] == SCHEDULED
+    assert rows["task.halted", "crew.halted"]["waiting"] == HALTED
+
+
+@pytest.fixture
+def servers(redis_server, rabbitmq_server, mariadb_log):
+    redis_server.empty()
+    yield {
+        **redis_server.environment,
+        **rabbitmq_server.environment,
+        "RABBITMQ_VHOST": rabbitmq_server.new_vhost(),
+        **mariadb_log,
+        "QUEUE_LEASE_SECONDS": "5",
+    }
+    redis_server.empty()
+
+
+@pytest.mark.parametrize(("old", "new"), MOVES)
+def test_a_fleet_moves(flow_on, servers, tmp_path, old, new):
+    """Given a backlog, schedules, retries, dead letters and a pause, and events that come in."""
+    move = Move(flow_on({**servers, "QUEUE_PROVIDER": old}), old, new)
+    move.fill()
+
+    move.restart(new, old)
+    receipt = tmp_path / "receipt.json"
+    report = move.migrate(old, new, "--receipt", str(receipt))
+
+    receipt_is_right(report, old)
+    # what is ready in the log anybody relays
+    assert report["carried"] >= HALTED or old == "embedded"
+    assert json.loads(receipt.read_text()) == report
+    move.check_the_rest(new, old)
+
+
+@pytest.mark.parametrize(("old", "new"), [("redis", "rabbitmq")])
+def test_a_fleet_goes_back_half_way(flow_on, servers, monkeypatch, old, new):
+    """Given a move that is killed in the middle, and begun again before it is taken back."""
+    move = Move(flow_on({**servers, "QUEUE_PROVIDER": old}), old, new)
+    move.fill()
+    move.restart(new, old)
+    move.kill_migrate(old, new)
+    monkeypatch.setattr(moving, "BATCH", 10)
+    half = moving.Move(load_settings(move.flow.env), old, new)
+    half.begin("a test")
+    steps = half.carry()
+    wait_until(lambda: next(steps).carried >= HALTED, 10, "something to be carried over")
+    half.close()
+
+    move.restart(old, new)
+    report = move.migrate(new, old)
+
+    receipt_is_right(report, new)
+    assert move.states() == ["completed", "begun", "begun", "begun"]
+    move.check_the_rest(old, new)
+
+
+def test_what_is_left_is_seen_and_not_taken_for_lost(flow_on, servers):
+    flow = flow_on({**servers, "QUEUE_PROVIDER": "redis"})
+    crew = flow.run(FLEET, ready=2, PER_SECOND="0.1")
+    ids = flow.send_many([("task.put_off", {"n": n}) for n in range(20)], delay=6)
+    flow.wait_for_counts(pending=20)
+    flow.stop_source()
+    assert crew.terminate() == 0
+    address = f"{HOST}:{free_port()}"
+    there = {"QUEUE_PROVIDER": "rabbitmq", "QUEUE_PROVIDER_DRAIN": "redis"}
+    admin = {"QUEUE_AUDIT_SECONDS": "0.3", "QUEUE_ADMIN_ADDRESS": address, **there}
+    process = flow.run("services.queue_admin", **admin)
+
+    def draining():
+        with contextlib.suppress(requests.ConnectionError):
+            return requests.get(f"http://{address}/queue/health", timeout=10).json()["draining"]
+
+    expected = {"name": "redis", "status": "up", "left": 20}
+    wait_until(lambda: draining() == expected, 20, lambda: str(draining()))
+    audits = parsed(requests.get(f"http://{address}/metrics", timeout=10).text)
+    assert value(audits, "audits_total", result="balanced") > 0
+
+    flow.run(FLEET, ready=2, PER_SECOND="0.1", **there)
+
+    for each in ids:
+        flow.wait_for_status(each, "completed", 20)
+    assert len(flow.effects.all(handler="later")) == 20
+    wait_until(lambda: draining()["left"] == 0, 10, lambda: str(draining()))
+    assert "missing" not in process.output()
+
+
+def test_what_it_refuses(flow_on, servers):
+    flow = flow_on({**servers, "QUEUE_PROVIDER": "redis"})
+
+    def said(*command, **env):
+        done = CliRunner().invoke(main, ["migrate", *command], env={**flow.env, **env})
+        return done.exit_code, done.stderr.strip()
+
+    assert said("--from", "redis", "--to", "redis") == (2, "Error: the two providers must differ")
+    status, line = said("--from", "kafka", "--to", "redis")
+    assert (status, line[:38]) == (2, "Error: --from: must be one of embedded")
+    flow.run(FLEET, ready=2)
+    away = {"RABBITMQ_PORT": str(free_port())}
+    status, line = said("--from", "redis", "--to", "rabbitmq", **away)
+    assert status == 1
+    assert line.endswith("what was done stays done: begin again, or go back")
