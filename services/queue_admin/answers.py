@@ -483,7 +483,5 @@ class Health(Schema):
     consumers = fields.Nested(ConsumersHealth, required=True)
     draining = fields.Nested(
         DrainingHealth,
-        required=True,
-        allow_none=True,
-        metadata={"description": "The provider that is moved away from; null where none is."},
+        metadata={"description": "The provider that is moved away from, where one is."},
     )

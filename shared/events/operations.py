@@ -221,7 +221,7 @@ class QueueService(DependencyProvider, Publisher):
         draining = self._draining() if is_database_up else None
         is_well = is_database_up and is_provider_up and not silent
         is_well = is_well and (draining is None or draining["status"] == "up")
-        return {
+        shown = {
             "status": "healthy" if is_well else "unhealthy",
             "provider": {
                 "name": self.client.settings.provider,
@@ -229,8 +229,8 @@ class QueueService(DependencyProvider, Publisher):
             },
             "database": {"status": "up" if is_database_up else "down"},
             "consumers": {"status": "silent" if silent else "live", "silent": silent},
-            "draining": draining,
         }
+        return shown if draining is None else {**shown, "draining": draining}
 
     def _draining(self) -> dict[str, Any] | None:
         """Say what the provider still has that is moved away from, if any is."""
