@@ -183,7 +183,7 @@ class EmbeddedProvider(QueueProvider):
     def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
         with self._joined(None) as tx:
             values = {"id": subscription.id, "limit": limit, "offset": 0}
-            seqs = [row.seq for row in _NEXT.fetch(tx, values)]
+            seqs = [row.seq for row in _NEXT.fetch(tx, values) if row.available_at is None]
             return [lease.delivery for lease in _load(tx, seqs)]
 
     def purge(self, subscription: Subscription) -> int:
@@ -260,8 +260,6 @@ def _sum_of(condition: Any) -> Any:
     return func.coalesce(func.sum(case((condition, 1), else_=0)), 0)
 
 
-# What another provider was to publish may be ready before its time.
-_IS_DUE = c.available_at.is_(None)
 # What has a time is published already: by its schedule, or to be tried again.
 _IS_NEW = and_(_IS_WAITING, c.lease_expires_at.is_(None), c.available_at.is_(None))
 _READY = Prepared(update(deliveries).where(c.seq.in_(_SEQS), _IS_NEW).values(ready=True))
@@ -282,7 +280,7 @@ _LOOK = Prepared(
         _earliest(c.available_at).label("available"),
         _earliest(c.lease_expires_at).label("lease"),
         exists()
-        .where(c.subscription_id == subscriptions.c.id, c.ready == true(), _IS_DUE)
+        .where(c.subscription_id == subscriptions.c.id, c.ready == true())
         .label("is_ready"),
     ).where(subscriptions.c.id.in_(_IDS))
 )
@@ -298,13 +296,14 @@ _TAKE_OVER = Prepared(
     .values(ready=True, lease_expires_at=None, lease_token=c.lease_token + 1)
 )
 _NEXT = Prepared(
-    select(c.seq)
-    .where(c.subscription_id == bindparam("id"), c.ready == true(), _IS_DUE)
+    select(c.seq, c.available_at)
+    .where(c.subscription_id == bindparam("id"), c.ready == true())
     .order_by(c.priority_rank, c.seq)
     .limit(bindparam("limit", type_=Integer))
     .offset(bindparam("offset", type_=Integer))
     .with_for_update(skip_locked=True)
 )
+_PUT_OFF = Prepared(update(deliveries).where(c.seq.in_(_SEQS)).values(ready=False))
 _LEASE = Prepared(
     update(deliveries)
     .where(c.seq.in_(_SEQS), c.ready == true())
@@ -383,8 +382,12 @@ def _take(
     if most <= 0:
         return False
     values = {"id": subscription_id, "limit": most, "offset": len(its)}
-    found = [row.seq for row in _NEXT.fetch(tx, values)]
-    its.extend(found)
+    found = _NEXT.fetch(tx, values)
+    # what another provider was to publish is ready before its time
+    early = [row.seq for row in found if row.available_at is not None]
+    if early:
+        _PUT_OFF.change(tx, {"seqs": early})
+    its.extend(row.seq for row in found if row.available_at is None)
     return len(found) == most
 
 

@@ -235,6 +235,7 @@ class TestTakingOut:
         """Given a lease in Redis that ran out: nobody else tells the log."""
         store.do(lambda tx: attempts.begin(tx, [by_redis(delivery)], "host:1", 0.0))
         assert self.out(store, by_redis(delivery, 3)) == 0
+        assert store.delivery(delivery.seq).lease_expires_at is not None
         expire(store, delivery.seq)
         recover(store)
         assert [each.seq for each in take(store)] == [delivery.seq]
