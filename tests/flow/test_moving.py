@@ -229,8 +229,13 @@ def test_a_fleet_goes_back_half_way(flow_on, servers, monkeypatch, old, new):
 def test_what_is_left_is_seen_and_not_taken_for_lost(flow_on, servers):
     flow = flow_on({**servers, "QUEUE_PROVIDER": "redis"})
     crew = flow.run(FLEET, ready=2, PER_SECOND="0.1")
-    ids = flow.send_many([("task.put_off", {"n": n}) for n in range(20)], delay=6)
-    flow.wait_for_counts(pending=20)
+    ids = flow.send_many([("task.put_off", {"n": n}) for n in range(20)], delay=15)
+
+    def in_redis():
+        report = CliRunner().invoke(main, ["audit", "--json"], env=flow.env).stdout
+        return sum(each["inProvider"] for each in json.loads(report)["subscriptions"])
+
+    wait_until(lambda: in_redis() == 20, 10, "all to be in Redis, by the log")
     flow.stop_source()
     assert crew.terminate() == 0
     address = f"{HOST}:{free_port()}"
@@ -244,8 +249,14 @@ def test_what_is_left_is_seen_and_not_taken_for_lost(flow_on, servers):
 
     expected = {"name": "redis", "status": "up", "left": 20}
     wait_until(lambda: draining() == expected, 20, lambda: str(draining()))
-    audits = parsed(requests.get(f"http://{address}/metrics", timeout=10).text)
-    assert value(audits, "audits_total", result="balanced") > 0
+
+    def balanced():
+        told = parsed(requests.get(f"http://{address}/metrics", timeout=10).text)
+        return value(told, "audits_total", result="balanced") or 0
+
+    # what is due within seconds no audit misses
+    wait_until(lambda: balanced() >= 5, 20, process.output, every=0.1)
+    assert "missing" not in process.output()
 
     flow.run(FLEET, ready=2, PER_SECOND="0.1", **there)
 
