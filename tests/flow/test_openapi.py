@@ -12,7 +12,7 @@ from tests.flow.test_operations import BACKENDS, QUEUE, Site, in_seconds
 
 pytestmark = pytest.mark.flow
 
-BUDGET = "30"
+BUDGET = "20"
 """Seconds in which requests are made up; a machine that is slower makes fewer of them."""
 
 SECONDS = 240
