@@ -198,13 +198,14 @@ class ReplaySchema(Schema):
     since = Time(data_key="from")
     until = Time(data_key="to")
     again = fields.Bool(load_default=False, truthy={True}, falsy={False})
-    mark = fields.Int(strict=True, validate=validate.Range(0, 2**63 - 1))
-    cursor = fields.Str(validate=validate.Length(1, LONGEST_TEXT))
+    # as an answer has them, null included
+    mark = fields.Int(strict=True, allow_none=True, validate=validate.Range(0, 2**63 - 1))
+    cursor = fields.Str(allow_none=True, validate=validate.Length(1, LONGEST_TEXT))
     limit = fields.Int(strict=True, load_default=1000, validate=validate.Range(1, MOST_RETRIED))
 
     @validates_schema
     def _check_mark(self, data: Mapping[str, Any], **_: Any) -> None:
-        if "mark" in data and not data.get("again"):
+        if data.get("mark") is not None and not data["again"]:
             raise ValidationError({"mark": ["Is for what is delivered again."]})
 
     @post_load
@@ -212,7 +213,7 @@ class ReplaySchema(Schema):
         for name in ("since", "until"):
             if name in data:
                 data[name] = data[name].replace(tzinfo=None)
-        return data
+        return {name: value for name, value in data.items() if value is not None}
 
 
 class LimitsSchema(Schema):

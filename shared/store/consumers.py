@@ -136,7 +136,7 @@ def _counts(connection: Connection, ids: list[int]) -> dict[int, dict[str, int]]
 
 
 _OLDEST = Prepared(
-    select(messages.c.created_at)
+    select(func.coalesce(d.processed_at, messages.c.created_at).label("since"))
     .select_from(deliveries.join(messages))
     .where(
         d.subscription_id == bindparam("id"),
@@ -150,10 +150,10 @@ _OLDEST = Prepared(
 
 
 def _oldest(connection: Connection, ids: list[int], now: datetime) -> dict[int, datetime]:
-    """Return when the oldest message was stored that each of them has waiting, and due."""
+    """Return since when the oldest waits that each of them has, and that is due."""
     tx = Transaction(connection, now)
     found: dict[int, datetime] = {}
     for each, status in product(ids, sorted(WAITING)):
         for row in _OLDEST.fetch(tx, {"id": each, "status": status}):
-            found[each] = min(row.created_at, found.get(each, row.created_at))
+            found[each] = min(row.since, found.get(each, row.since))
     return found

@@ -149,7 +149,8 @@ def _waiting(
         .where(attempts.c.delivery_seq == d.seq)
         .scalar_subquery()
     )
-    due_at = func.coalesce(d.available_at, last_end, m.scheduled_at, m.created_at)
+    # what is replayed ended before, and waits since then
+    due_at = func.coalesce(d.available_at, last_end, d.processed_at, m.scheduled_at, m.created_at)
     rows = connection.execute(
         select(d.subscription_id, counted.c.count, seconds_between(connection, due_at, now))
         .select_from(counted)
@@ -178,7 +179,10 @@ def _relay_lag(connection: Connection, ids: Sequence[int], now: datetime) -> dic
         .subquery()
     )
     rows = connection.execute(
-        select(m.queue_name, seconds_between(connection, m.created_at, now))
+        select(
+            m.queue_name,
+            seconds_between(connection, func.coalesce(d.processed_at, m.created_at), now),
+        )
         .select_from(first)
         .join(deliveries, d.seq == first.c.seq)
         .join(messages, m.id == d.message_id)

@@ -148,6 +148,8 @@ def _row(tx: Transaction, subscription_id: int, envelope: Envelope) -> dict[str,
         "subscription_id": subscription_id,
         "priority_rank": RANK,
         "available_at": envelope.scheduled_at if is_later else None,
+        # it waits since now, and not since its message was stored
+        "processed_at": tx.now,
         # as if it had been handed out before: what a broker sends to whoever listens
         # would reach others, too
         "lease_token": 1,

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from services.queue_admin.schemas import ReplaySchema
 from shared.errors import PayloadError, SubscriptionNotFoundError
 from shared.events.direct import DirectClient, DirectOperations
 from shared.settings import load_settings
 from shared.store import audit, backlog, queries, repair, replay, subscriptions, trail
+from shared.store.gauges import log_gauges
 from shared.store.replay import RANK, Stretch
 from shared.tables import deliveries as deliveries_table
 from shared.tables import messages as messages_table
@@ -92,6 +94,23 @@ def test_a_new_subscription_gets_what_it_never_had_in_order(desk: Desk) -> None:
     assert {(row.status, row.attempts, bool(row.ready)) for row in its} >= {("pending", 0, True)}
     assert len(desk.store.rows(deliveries_table)) == 7 + 6
     assert desk.run_all(new)["replayed"] == 0
+
+
+def test_what_waits_does_so_since_it_was_replayed(desk: Desk) -> None:
+    """Given messages of long ago: nobody is to be told that work is late by as much."""
+    desk.history(3)
+    late = desk.store.subscribe(subscriber="late.catch_up")
+    desk.run_all(late)
+    [shown] = desk.subscriptions("orders")
+    assert (shown["id"], shown["waiting"]) == (late.id, 3)
+    assert 0 <= shown["oldestWaitingSeconds"] < 60
+
+    desk.store.do(backlog.give_back, [Delivery(x.seq, late.id, event()) for x in desk.of(late)])
+    with desk.store.database.transaction() as tx:
+        found = log_gauges(tx.connection, joins_log=False)
+    [gauges] = found.subscriptions
+    assert 0 <= gauges.oldest_waiting < 60
+    assert 0 <= found.relay_lag["orders"] < 60
 
 
 def test_what_nobody_was_subscribed_to_is_routed(desk: Desk) -> None:
@@ -308,3 +327,7 @@ def test_each_transaction_is_small_and_noted(desk: Desk, monkeypatch: pytest.Mon
     assert [each["detail"]["deliveries"] for each in entries] == [1, 2, 2]
     assert entries[0]["target"] == f"subscription {its.id}"
     assert entries[0]["detail"]["from"] == "2026-01-02T03:00:00.000Z"
+
+
+def test_what_an_answer_ends_with_may_be_sent_back() -> None:
+    assert ReplaySchema().load({"mark": None, "cursor": None}) == ReplaySchema().load({})
