@@ -305,6 +305,8 @@ ramps = Table(
     Column("started_at", millis(), nullable=False),
     Column("ended_at", millis(), nullable=True),
     Column("reason", Text, nullable=True),
+    # What had become of its dead letters when it ended, as JSON.
+    Column("counts", Text, nullable=True),
     UniqueConstraint("running", name="uq_queue_ramps_running"),
     **TEXT,
 )

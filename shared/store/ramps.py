@@ -8,6 +8,7 @@ where it was, whoever dies.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
@@ -213,7 +214,15 @@ def _complete(tx: Transaction, row: Any) -> None:
 
 
 def _end(tx: Transaction, row: Any, status: RampStatus, reason: str) -> bool:
-    values = {"status": status.value, "running": None, "ended_at": tx.now, "reason": reason}
+    # another ramp may retry the same ones, and the retention removes them
+    counts = _told(tx.connection, row, _counts(tx.connection, [row.id])[row.id])
+    values = {
+        "status": status.value,
+        "running": None,
+        "ended_at": tx.now,
+        "reason": reason,
+        "counts": json.dumps(counts),
+    }
     return _set(tx, row, **values)
 
 
@@ -228,7 +237,7 @@ def _set(tx: Transaction, row: Any, **values: Any) -> bool:
 def list_ramps(connection: Connection, limit: int = MOST_LISTED) -> list[dict[str, Any]]:
     """Return the ramps, the newest first, ``limit`` at most."""
     rows = connection.execute(select(ramps).order_by(r.id.desc()).limit(limit)).all()
-    counts = _counts(connection, [row.id for row in rows])
+    counts = _counts(connection, [row.id for row in rows if row.counts is None])
     return [_shown(connection, row, counts[row.id]) for row in rows]
 
 
@@ -265,8 +274,19 @@ def _counts(connection: Connection, ramp_ids: Sequence[int]) -> dict[int, dict[s
     return counts
 
 
+def _told(connection: Connection, row: Any, counts: dict[str, int]) -> dict[str, int]:
+    """Return what has become of the dead letters of a ramp."""
+    return {
+        "retried": sum(counts.values()),
+        "completed": counts[DeliveryStatus.COMPLETED],
+        "failed": counts[DeliveryStatus.FAILED],
+        "waiting": sum(counts[status] for status in UNDER_WAY),
+        "remaining": failures.size(connection, row.fingerprint),
+    }
+
+
 def _shown(connection: Connection, row: Any, counts: dict[str, int]) -> dict[str, Any]:
-    done = counts[DeliveryStatus.COMPLETED]
+    told = json.loads(row.counts) if row.counts else _told(connection, row, counts)
     return {
         "id": row.id,
         "fingerprint": row.fingerprint,
@@ -275,11 +295,7 @@ def _shown(connection: Connection, row: Any, counts: dict[str, int]) -> dict[str
         "rate": row.rate,
         "total": row.total,
         "step": row.step,
-        "retried": sum(counts.values()),
-        "completed": done,
-        "failed": counts[DeliveryStatus.FAILED],
-        "waiting": sum(counts[status] for status in UNDER_WAY),
-        "remaining": failures.size(connection, row.fingerprint),
+        **told,
         "startedAt": iso(row.started_at),
         "endedAt": iso(row.ended_at),
         "sentence": row.reason or f"In the step of {row.step}: {row.released} retried.",

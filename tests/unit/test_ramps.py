@@ -6,12 +6,13 @@ import threading
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from shared.database import Database
 from shared.errors import NothingToRetryError, RampRunningError
 from shared.native import sleep
-from shared.store import failures, ramps, subscriptions
+from shared.store import failures, ramps, repair, subscriptions
+from shared.tables import ramp_deliveries
 from shared.tables import ramps as ramps_table
 from shared.types import Delivery, Failure
 from tests.unit.message_log import COMPLETED, FAILED, Log, event
@@ -67,6 +68,24 @@ def test_goes_up_by_ten_and_only_when_a_step_has_ended(store: Log) -> None:
             ramp.run(each, COMPLETED)
     assert [size for size in sizes if size] == [1, 10, 4]
     assert (ramp.shown["status"], ramp.shown["completed"]) == ("completed", 15)
+
+
+def test_counts_stay_those_of_its_end(store: Log) -> None:
+    """Given another ramp for the same ones, and one of which nothing is kept."""
+    ramp = Ramp(store, 2)
+    [first] = ramp.advance()
+    ramp.run(first, FAILED, BOOM)
+    ramp.advance()
+    stopped = ramp.shown
+    assert (stopped["status"], stopped["failed"], stopped["remaining"]) == ("stopped", 1, 2)
+
+    [again] = store.do(repair.retry, [first.seq])
+    ramp.run(again, COMPLETED)
+    assert ramp.shown == stopped
+
+    store.do(lambda tx: tx.connection.execute(delete(ramp_deliveries)))
+    assert ramp.shown == stopped
+    assert store.do(lambda tx: ramps.list_ramps(tx.connection)) == [stopped]
 
 
 def test_stops_when_one_of_many_comes_back(store: Log) -> None:
