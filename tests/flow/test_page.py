@@ -481,7 +481,7 @@ class TestSchedules:
         visit.page.keyboard.press("Enter")
         expect(visit.result()).to_have_text("nightly goes on.")
         visit.page.keyboard.press("Tab")
-        expect(visit.button("Run nightly now")).to_be_focused()
+        expect(visit.button("Run now: nightly")).to_be_focused()
         visit.page.keyboard.press("Enter")
 
         expect(visit.result()).to_have_text("nightly was dispatched. The message is under Last.")

@@ -58,5 +58,5 @@ function runNow(each) {
     await post(path`/queue/schedules/${each.name}/run`);
     return `${each.name} was dispatched. The message is under Last.`;
   };
-  return button("Run now", act, { name: `Run ${each.name} now` });
+  return button("Run now", act, { name: `Run now: ${each.name}` });
 }
