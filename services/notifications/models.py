@@ -1,15 +1,15 @@
-"""The table of the notifications service. Times are naive UTC, by the database's clock."""
+"""The tables of the notifications service. Times are naive UTC, by the database's clock."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import CheckConstraint, Enum, String, Text, UniqueConstraint, text
+from sqlalchemy import Boolean, CheckConstraint, Enum, String, Text, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from shared.store.inbox import inbox_table
-from shared.tables import big_key, millis
+from shared.tables import big_key, exact, millis
 
 
 class Base(DeclarativeBase):
@@ -58,6 +58,25 @@ class MailRecord(Base):
     created_at: Mapped[datetime] = mapped_column(millis(), server_default=text("CURRENT_TIMESTAMP"))
     sent_at: Mapped[datetime | None] = mapped_column(millis())
     error: Mapped[str | None] = mapped_column(Text)
+
+
+class AlertRecord(Base):
+    """What is told of an episode of an alert, by mail or by the webhook: one row each.
+
+    :param episode: names it: its id, and when it began, for a database may give an id again.
+    :param kind: what it is told by.
+    :param is_over: whether its end is told, or about to be.
+    :param claimed_by: whoever is just telling of it; nobody else may until ``claimed_until``.
+    """
+
+    __tablename__ = "notifications_alerts"
+    __table_args__ = ({"mysql_charset": "utf8mb4", "mariadb_charset": "utf8mb4"},)
+
+    episode: Mapped[str] = mapped_column(exact(80), primary_key=True)
+    kind: Mapped[str] = mapped_column(exact(20), primary_key=True)
+    is_over: Mapped[bool] = mapped_column(Boolean)
+    claimed_by: Mapped[str | None] = mapped_column(String(36))
+    claimed_until: Mapped[datetime | None] = mapped_column(millis())
 
 
 inbox = inbox_table(Base.metadata, "notifications")

@@ -36,6 +36,16 @@ class Alert:
     began_at: str
     summary: str
 
+    @property
+    def is_firing(self) -> bool:
+        """Whether it tells that an episode began, and not that it is over."""
+        return self.status == "firing"
+
+    @property
+    def episode(self) -> str:
+        """What names the episode that it tells of."""
+        return f"{self.alert_id} {self.began_at}"
+
 
 def read_alert(payload: Any) -> Alert:
     """Read ``queue.alert``.

@@ -7,6 +7,7 @@ from email.message import EmailMessage
 from functools import partial
 from typing import Any
 
+from services.notifications.episodes import telling
 from services.notifications.letters import alert, rfc_message_id, welcome
 from services.notifications.mail import MailTransport
 from services.notifications.models import Base
@@ -49,17 +50,25 @@ class NotificationsService:
         :raises MailUnavailableError: when the mail server is down.
         """
         told, recipient = read_alert(payload), self.alerted.mail_to
-        if recipient:
-            self._send("alert", recipient, partial(alert, told, recipient))
+        if not recipient:
+            return
+        with telling(self.db, told, "mail") as is_wanted:
+            if is_wanted:
+                self._send("alert", recipient, partial(alert, told, recipient))
 
     @event_handler(SOURCE, ALERT, inbox="handled")
     def post_alert(self, payload: dict[str, Any]) -> None:
         """Post an alert to the webhook, where there is one.
 
+        :raises Reject: when it breaks its contract.
         :raises WebhookError: when it does not take it.
         """
-        if self.alerted.webhook:
-            post_json(self.alerted.webhook, payload, self.message.id)
+        told, url = read_alert(payload), self.alerted.webhook
+        if not url:
+            return
+        with telling(self.db, told, "webhook") as is_wanted:
+            if is_wanted:
+                post_json(url, payload, self.message.id)
 
     def _send(self, kind: str, recipient: str, compose: Callable[[str, str], EmailMessage]) -> None:
         message_id, sender = self.message.id, self.mail.sender

@@ -25,5 +25,6 @@ class QueueAlert(Schema):
     value = fields.Float(required=True, allow_none=True)
     threshold = fields.Float(required=True)
     began_at = fields.AwareDateTime(required=True, format="iso")
+    ended_at = fields.AwareDateTime(required=True, allow_none=True, format="iso")
     subscribers = fields.List(fields.Str(), required=True)
     summary = fields.Str(required=True, validate=validate.Length(1, 10_000))

@@ -64,6 +64,7 @@ class News(NamedTuple):
     threshold: float
     began_at: str
     subscribers: Sequence[str]
+    ended_at: str | None = None
 
     @property
     def summary(self) -> str:
@@ -86,6 +87,7 @@ class News(NamedTuple):
             "value": self.value,
             "threshold": self.threshold,
             "began_at": self.began_at,
+            "ended_at": self.ended_at,
             "subscribers": list(self.subscribers),
             "summary": self.summary,
         }
@@ -224,7 +226,7 @@ def _look_after(tx: Transaction, row: Any, measure: Measure, threshold: float) -
         return None
     status = AlertStatus.RESOLVED
     _set(tx, row, status=status, looks=0, current=None, ended_at=tx.now)
-    return _news(row, status, measure, threshold)
+    return _news(row, status, measure, threshold)._replace(ended_at=iso(tx.now))
 
 
 def _seen(measure: Measure) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from sqlalchemy import URL, Engine, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from services.notifications import NotificationsService, outgoing, webhook
+from services.notifications import NotificationsService, episodes, outgoing, service, webhook
 from services.notifications.letters import alert, welcome
 from services.notifications.mail import (
     Mailer,
@@ -42,7 +42,7 @@ from services.notifications.mail import (
     make_mailer,
     recipient_of,
 )
-from services.notifications.models import Base, MailRecord, Status
+from services.notifications.models import AlertRecord, Base, MailRecord, Status
 from services.notifications.schemas import NewUser, read_alert, read_new_user
 from shared.contracts.user import UserRegistered
 from shared.database import make_engine
@@ -51,6 +51,7 @@ from shared.events import Message
 from shared.settings import Address, load_settings
 from shared.store.migrate import service_migrations, upgrade
 from shared.types import Priority
+from tests.support.waiting import wait_until
 
 HERE = Path(__file__).parent
 CERTIFICATE = HERE / "localhost.pem"
@@ -255,9 +256,13 @@ ALERT = {
     "value": 12.0,
     "threshold": 10.0,
     "began_at": "2026-03-01T12:00:00.000Z",
+    "ended_at": None,
     "subscribers": ["notifications.send_welcome"],
     "summary": "user-events has 12 dead letters; 10 is the threshold.",
 }
+
+
+RESOLVED = {**ALERT, "status": "resolved", "ended_at": "2026-03-01T12:10:00.000Z"}
 
 
 class TestAlert:
@@ -298,6 +303,56 @@ class TestAlert:
     def test_is_posted_only_where_there_is_a_webhook(self, house: House) -> None:
         self.service(house, Recorder()).post_alert(ALERT)
 
+    @pytest.mark.parametrize("by", ["mail", "webhook"])
+    def test_is_not_told_to_fire_once_its_end_is(
+        self, house: House, monkeypatch: pytest.MonkeyPatch, by: str, caplog: Any
+    ) -> None:
+        """Whoever tried to tell of it first failed, and comes again after the end was told."""
+        caplog.set_level("INFO")
+        told = Told(self, house, monkeypatch, by)
+        told.fails = True
+        with pytest.raises(MailUnavailableError):
+            told.tell(ALERT)
+        told.fails = False
+        told.tell(RESOLVED)
+        told.tell(ALERT)
+        assert told.statuses == ["resolved"]
+        assert f"alert 7 is over, and is not told by {by} any more" in caplog.text
+        # another episode, whose id a database gave once more
+        told.tell({**ALERT, "began_at": "2026-03-02T12:00:00.000Z"})
+        assert told.statuses == ["resolved", "firing"]
+
+    @pytest.mark.parametrize("by", ["mail", "webhook"])
+    def test_has_its_end_told_after_what_is_on_its_way(
+        self, house: House, monkeypatch: pytest.MonkeyPatch, by: str
+    ) -> None:
+        monkeypatch.setattr(outgoing, "POLL_SECONDS", 0.01)
+        told = Told(self, house, monkeypatch, by)
+        told.is_slow = True
+        first = eventlet.spawn(told.tell, ALERT)
+        told.began.wait()
+        second = eventlet.spawn(told.tell, RESOLVED)
+        wait_until(lambda: told.is_known_as_over, 20, "the end noted")
+        # it comes again from elsewhere, as after the death of a worker
+        third = eventlet.spawn(told.tell, ALERT)
+        third.wait()
+        assert told.statuses == []
+        told.go_on.send()
+        first.wait()
+        second.wait()
+        assert told.statuses == ["firing", "resolved"]
+
+    def test_is_told_anew_when_who_told_of_it_died(
+        self, house: House, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(outgoing, "POLL_SECONDS", 0.01)
+        monkeypatch.setattr(episodes, "CLAIM_SECONDS", 0.2)
+        monkeypatch.setattr(episodes, "_give_back", lambda *_: None)
+        told = Told(self, house, monkeypatch, "webhook")
+        told.tell(ALERT)
+        told.tell(RESOLVED)
+        assert told.statuses == ["firing", "resolved"]
+
     def service(
         self, house: House, mailer: Mailer, *, mail_to: str = "", webhook: str = ""
     ) -> NotificationsService:
@@ -320,6 +375,45 @@ class TestAlert:
             alerted=alerted,
         )
         return made
+
+
+class Told:
+    """What comes of telling of an alert, by mail or by the webhook."""
+
+    def __init__(
+        self, test: TestAlert, house: House, monkeypatch: pytest.MonkeyPatch, by: str
+    ) -> None:
+        self.test, self.house, self.by = test, house, by
+        self.statuses: list[str] = []
+        self.fails = self.is_slow = False
+        self.began, self.go_on = Signal(), Signal()
+        monkeypatch.setattr(service, "post_json", lambda _url, body, _key: self.take(body))
+        monkeypatch.setattr(
+            service.NotificationsService,
+            "_send",
+            lambda _self, _kind, _to, compose: self.take({"status": compose.args[0].status}),
+        )
+
+    def tell(self, payload: dict[str, Any]) -> None:
+        made = self.test.service(
+            self.house, Recorder(), mail_to="ops@example.org", webhook="http://127.0.0.1:9"
+        )
+        with made.db:
+            (made.mail_alert if self.by == "mail" else made.post_alert)(payload)
+
+    def take(self, body: dict[str, Any]) -> None:
+        if self.fails:
+            raise MailUnavailableError
+        if self.is_slow:
+            self.is_slow = False
+            self.began.send()
+            self.go_on.wait()
+        self.statuses.append(body["status"])
+
+    @property
+    def is_known_as_over(self) -> bool:
+        with Session(self.house.engine) as db:
+            return db.scalars(select(AlertRecord.is_over)).one()
 
 
 class TestWebhook:

@@ -68,6 +68,7 @@ class TestNotifications:
             "value": 12.0,
             "threshold": 10.0,
             "began_at": "2026-03-01T12:00:00.000Z",
+            "ended_at": None,
             "subscribers": ["notifications.send_welcome"],
             "summary": "user-events has 12 dead letters.",
         }
