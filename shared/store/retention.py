@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Select, bindparam, delete, insert, literal, or_, select, update
@@ -49,7 +50,9 @@ _NEXT = Prepared(
 )
 _STATES = Prepared(select(m.id, m.status).where(m.id.in_(_IDS)))
 _DELIVERIES = Prepared(
-    select(d.seq, d.message_id, d.subscription_id, d.status).where(d.message_id.in_(_IDS))
+    select(d.seq, d.message_id, d.subscription_id, d.status, d.priority_rank)
+    .where(d.message_id.in_(_IDS))
+    .order_by(d.seq)
 )
 _REMOVE_ATTEMPTS = Prepared(delete(attempts).where(attempts.c.delivery_seq.in_(_SEQS)))
 _REMOVE_DELIVERIES = Prepared(delete(deliveries).where(d.seq.in_(_SEQS)))
@@ -163,11 +166,27 @@ def _finished(tx: Transaction, ids: Sequence[str]) -> tuple[list[str], list[Any]
 def _has_ended(its: Sequence[Any]) -> bool:
     """Say whether all deliveries of a message have, for good.
 
-    What was rescheduled has two for a subscription. A broker may bring the first one's copy at a
-    time that nothing tells any more, and it has to be known then as discarded.
+    :param its: in the order of their numbers.
     """
-    known = [row.subscription_id for row in its]
-    return all(row.status in FINAL for row in its) and len(known) == len(set(known))
+    by_subscription: dict[int, list[Any]] = defaultdict(list)
+    for row in its:
+        by_subscription[row.subscription_id].append(row)
+    return all(row.status in FINAL for row in its) and not any(
+        _may_be_rescheduled(first, second)
+        for each in by_subscription.values()
+        for first, second in pairwise(each)
+    )
+
+
+def _may_be_rescheduled(first: Any, second: Any) -> bool:
+    """Say whether a delivery may have been put off, and another of its subscription stored for it.
+
+    A broker may bring the first one's copy at a time that nothing tells any more, and it has to
+    be known then as discarded. A replay stores another one as well, but beside what was left
+    discarded it tells itself only by a priority that differs.
+    """
+    is_discarded: bool = first.status == DeliveryStatus.DISCARDED
+    return is_discarded and first.priority_rank == second.priority_rank
 
 
 def remove(tx: Transaction, stretch: Stretch, ids: Sequence[str]) -> Removed:

@@ -13,7 +13,7 @@ from shared.events.direct import DirectClient
 from shared.events.retention import EVERY_SECONDS, TIMER, Pruner, prune_when_due
 from shared.lifecycle import DeliveryStatus
 from shared.settings import load_settings
-from shared.store import audit, repair, retention, subscriptions, timers
+from shared.store import audit, repair, replay, retention, subscriptions, timers
 from shared.tables import (
     attempts,
     audit_log,
@@ -158,19 +158,55 @@ class TestPruning:
         now = site.store.do(lambda tx: tx.now)
         [again] = site.store.do(repair.reschedule, early.message.id, now)
         site.store.attempt(again, COMPLETED)
-        site.age(early.message.id, OLD)
-        # put forward to then: nothing tells any more when the first copy comes
-        is_early = messages.c.id == early.message.id
-        site.store.do(
-            lambda tx: tx.connection.execute(
-                update(messages).where(is_early).values(scheduled_at=messages.c.created_at)
-            )
-        )
+        self.put_forward(site, early)
         assert {site.store.message(each).status for each in site.ids} == {"completed"}
 
         assert site.prune()["messages"] == 0
 
         assert site.ids == {cancelled.message.id, early.message.id}
+
+    def test_removes_what_was_replayed(self, site: Site) -> None:
+        done, discarded = site.make(COMPLETED), site.make(FAILED)
+        site.store.do(repair.discard_message, discarded.message.id)
+        for _ in range(2):
+            self.replay(site, done)
+        self.replay(site, discarded)
+        assert site.account.discarded == 1
+
+        assert site.prune() == {"messages": 2, "deliveries": 5}
+
+        assert site.ids == set()
+
+    def test_leaves_what_was_replayed_and_then_rescheduled(self, site: Site) -> None:
+        done = site.make(COMPLETED)
+        again = self.replay(site, done, status=None)
+        now = site.store.do(lambda tx: tx.now)
+        [late] = site.store.do(repair.reschedule, done.message.id, now)
+        site.store.attempt(late, COMPLETED)
+        self.put_forward(site, done)
+        assert site.store.delivery(again.seq).status == "discarded"
+
+        assert site.prune()["messages"] == 0
+
+    def put_forward(self, site: Site, its: Delivery) -> None:
+        """Have it be for a time long ago: nothing tells any more when the first copy comes."""
+        site.age(its.message.id, OLD)
+        is_it = messages.c.id == its.message.id
+        site.store.do(
+            lambda tx: tx.connection.execute(
+                update(messages).where(is_it).values(scheduled_at=messages.c.created_at)
+            )
+        )
+
+    def replay(
+        self, site: Site, old: Delivery, status: DeliveryStatus | None = COMPLETED
+    ) -> Delivery:
+        mark = site.store.do(lambda tx: replay.newest(tx.connection))
+        [again] = site.store.do(replay.replay, site.mine.id, [old.message.id], mark)
+        if status is not None:
+            site.store.attempt(again, status, token=2)
+        site.age(old.message.id, OLD)
+        return again
 
     def test_removes_dead_letters_only_where_that_is_wanted(self, store: Log) -> None:
         by_default, asked = Site(store), Site(store, QUEUE_KEEP_DEAD_DAYS="20")
