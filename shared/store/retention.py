@@ -15,7 +15,18 @@ from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Select, bindparam, delete, insert, literal, or_, select, update
+from sqlalchemy import (
+    Connection,
+    Select,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    update,
+)
 
 from shared.database import Transaction
 from shared.lifecycle import FINAL, DeliveryStatus, MessageStatus
@@ -155,11 +166,20 @@ def find(
 
 
 def _finished(tx: Transaction, ids: Sequence[str]) -> tuple[list[str], list[Any]]:
-    """Return those of these messages of which nothing waits or runs, and their deliveries."""
+    """Return those of these messages of which nothing waits or runs, and their deliveries.
+
+    That of the newest delivery stays: SQLite would give its number again, and who knows a
+    delivery by that, such as a broker or a ramp, would take another one for it.
+    """
     by_message: dict[str, list[Any]] = defaultdict(list)
     for row in _DELIVERIES.fetch(tx, {"ids": list(ids)}):
         by_message[row.message_id].append(row)
-    good = [each for each in ids if _has_ended(by_message[each])]
+    newest = tx.connection.execute(select(func.max(d.seq))).scalar()
+    good = [
+        each
+        for each in ids
+        if _has_ended(by_message[each]) and newest not in [row.seq for row in by_message[each]]
+    ]
     return good, [row for each in good for row in by_message[each]]
 
 

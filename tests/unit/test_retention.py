@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 
 from shared.events.direct import DirectClient
 from shared.events.retention import EVERY_SECONDS, TIMER, Pruner, prune_when_due
@@ -62,7 +63,24 @@ class Site:
         return Pruner(self.client, self.client, "ada")
 
     def prune(self) -> dict[str, Any]:
-        return self.pruner().prune()._asdict()
+        with self.something_newer():
+            return self.pruner().prune()._asdict()
+
+    @contextmanager
+    def something_newer(self) -> Iterator[None]:
+        """Have there be a newer delivery for a while: the newest is never removed."""
+        its_id = new_message_id()
+        message = {"queue_name": "other", "message_type": "x", "payload": "{}", "id": its_id}
+        delivery = {
+            "message_id": its_id, "subscription_id": self.mine.id, "status": "completed",
+            "processed_at": func.current_timestamp(), "priority_rank": 2,
+        }  # fmt: skip
+        is_its = messages.c.id == its_id, deliveries.c.message_id == its_id
+        self.store.do(lambda tx: tx.connection.execute(insert(messages).values(message)))
+        self.store.do(lambda tx: tx.connection.execute(insert(deliveries).values(delivery)))
+        yield
+        self.store.do(lambda tx: tx.connection.execute(delete(deliveries).where(is_its[1])))
+        self.store.do(lambda tx: tx.connection.execute(delete(messages).where(is_its[0])))
 
     @property
     def ids(self) -> set[str]:
@@ -164,6 +182,18 @@ class TestPruning:
         assert site.prune()["messages"] == 0
 
         assert site.ids == {cancelled.message.id, early.message.id}
+
+    def test_leaves_the_newest_delivery_whose_number_would_come_again(self, site: Site) -> None:
+        first, second = site.make(COMPLETED), site.make(COMPLETED)
+
+        assert site.pruner().count().messages == 1
+        assert site.pruner().prune() == (1, 1)
+
+        assert site.ids == {second.message.id}
+        third = site.make(COMPLETED)
+        assert first.seq < second.seq < third.seq
+        assert site.pruner().prune() == (1, 1)
+        assert site.ids == {third.message.id}
 
     def test_removes_what_was_replayed(self, site: Site) -> None:
         done, discarded = site.make(COMPLETED), site.make(FAILED)
@@ -298,12 +328,14 @@ class TestMany:
     def test_go_on_only_as_long_as_that_is_wanted(self, site: Site) -> None:
         self.fill(site, 2 * retention.BATCH)
         pruner = Pruner(site.client, site.client, "ada", lambda _: False)
-        assert pruner.prune().messages == retention.BATCH
+        with site.something_newer():
+            assert pruner.prune().messages == retention.BATCH
         assert len(site.ids) == retention.BATCH
 
     def test_are_counted_and_stay(self, site: Site) -> None:
         self.fill(site, 450)
-        assert site.pruner().count().messages == 450
+        with site.something_newer():
+            assert site.pruner().count().messages == 450
         assert len(site.ids) == 450
         assert site.count(removed) == site.count(audit_log) == 0
 
@@ -317,7 +349,8 @@ class TestTimer:
         assert EVERY_SECONDS - 60 < (timer.next_at - now).total_seconds() <= EVERY_SECONDS
         self.make_due(site)
 
-        done = prune_when_due(site.client, site.client, "queue_admin")
+        with site.something_newer():
+            done = prune_when_due(site.client, site.client, "queue_admin")
 
         assert done is not None
         assert done._asdict() == {"messages": 1, "deliveries": 1}
