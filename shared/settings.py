@@ -299,9 +299,15 @@ def _mail_to(value: Any) -> str:
     return _mail_from(value) if _text(value) else ""
 
 
+_WEBHOOK_URL = re.compile(
+    r"(https?://(?:[^\s/@?#\\:\[\]]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?)([/?][^\s#]*)?"
+)
+"""Its host, and what nobody may see of it."""
+
+
 def _webhook_url(value: Any) -> str:
     text = _text(value)
-    if text and not re.fullmatch(r"https?://[^\s/@?#]+(?::\d{1,5})?(?:[/?][^\s#]*)?", text):
+    if text and not _WEBHOOK_URL.fullmatch(text):
         raise EnvError("must be http://host[:port]/path or https://…")
     return text
 
@@ -589,7 +595,11 @@ def hidden(name: str, value: str) -> str:
         return value if not value or value.startswith("@") else "***"
     if name == "ALERT_WEBHOOK_URL":
         # who knows its path may post there
-        return re.sub(r"(?<=[^/:])[/?].*", "/***", value)
+        if found := _WEBHOOK_URL.fullmatch(value):
+            return f"{found[1]}/***" if found[2] else value
+        # which part of what is none is a secret, nothing tells
+        scheme = re.match(r"https?://", value)
+        return f"{scheme[0] if scheme else ''}***" if value else value
     if name.endswith(("URL", "URI")):
         value = _WITH_USER.sub(r"\1***@", value)
         return re.sub(r"(password=)[^&\s]+", r"\1***", value)

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 
 from shared.errors import SettingsError
-from shared.settings import Address, Database, Settings, load_settings, settings_or_exit
+from shared.settings import (
+    Address,
+    Database,
+    Settings,
+    check_settings,
+    hidden,
+    load_settings,
+    settings_or_exit,
+)
 from tests.unit.test_house import setting_names
 
 ROOT = Path(__file__).parents[2]
@@ -466,6 +474,42 @@ class TestEachVariable:
         with pytest.raises(SettingsError) as raised:
             load_settings({name: wrong[name]})
         assert SECRET not in str(raised.value)
+
+
+class TestHiddenWebhook:
+    @pytest.mark.parametrize(
+        "value",
+        [
+            f"http://user:{SECRET}@h/x",
+            f"http://user:1/{SECRET}@h/x",
+            f"http://{SECRET}@h",
+            f"https://h#{SECRET}",
+            f"https://h:1#{SECRET}",
+            f"https://h:{SECRET}",
+            f"https://h\\{SECRET}",
+            f"https://h/\n{SECRET}",
+            f"https://h/@{SECRET}",
+            f"h/{SECRET}",
+            SECRET,
+        ],
+    )
+    def test_shows_no_secret_wherever_that_is(self, value: str) -> None:
+        checked, *_ = check_settings({"ALERT_WEBHOOK_URL": value})
+        [shown] = [each.value for each in checked if each.name == "ALERT_WEBHOOK_URL"]
+        assert SECRET not in shown
+        assert shown.endswith("***")
+
+    @pytest.mark.parametrize(
+        ("value", "shown"),
+        [
+            ("", ""),
+            ("https://h", "https://h"),
+            ("https://[::1]:8/x", "https://[::1]:8/***"),
+            ("https://h?x", "https://h/***"),
+        ],
+    )
+    def test_shows_the_host_of_one_that_may_be(self, value: str, shown: str) -> None:
+        assert hidden("ALERT_WEBHOOK_URL", value) == shown
 
 
 class TestKinds:
