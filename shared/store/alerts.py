@@ -68,13 +68,21 @@ class News(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """One sentence of it."""
+        """One sentence of it, as it is now."""
         if self.status is AlertStatus.RESOLVED:
             return f"Over: {_ABOUT[self.rule].format(queue=self.queue)}."
+        return self._sentence(_NOW)
+
+    @property
+    def worst(self) -> str:
+        """One sentence of the worst that there was, however it is by now."""
+        return self._sentence(_WORST)
+
+    def _sentence(self, sentences: Mapping[Rule, str]) -> str:
         names = f" ({', '.join(self.subscribers)})" if self.subscribers else ""
         number = _short(self.value or 0.0)
         many = "" if number == "1" else "s"
-        said = _SENTENCES[self.rule].format(value=number, queue=self.queue, s=many)
+        said = sentences[self.rule].format(value=number, queue=self.queue, s=many)
         return f"{said}{names}; {_short(self.threshold)} is the threshold."
 
     def payload(self) -> dict[str, Any]:
@@ -93,11 +101,19 @@ class News(NamedTuple):
         }
 
 
-_SENTENCES = {
+_NOW = {
     Rule.FAILURE_PERCENT: "{value} % of the newest messages of {queue} fail",
     Rule.OLDEST_SECONDS: "The oldest work of {queue} is due for {value} s",
     Rule.DEAD_LETTERS: "{queue} has {value} dead letter{s}",
     Rule.SILENT_CONSUMERS: "Work of {queue} waits, and nobody consumes {value} subscription{s}",
+}
+
+_WORST = {
+    Rule.FAILURE_PERCENT: "Up to {value} % of the newest messages of {queue} failed",
+    Rule.OLDEST_SECONDS: "The oldest work of {queue} was due for up to {value} s",
+    Rule.DEAD_LETTERS: "{queue} had up to {value} dead letter{s}",
+    Rule.SILENT_CONSUMERS: "Work of {queue} waited, and nobody consumed up to {value} "
+    "subscription{s}",
 }
 
 _ABOUT = {
@@ -276,7 +292,6 @@ def list_alerts(connection: Connection) -> dict[str, Any]:
 def _shown(row: Any) -> dict[str, Any]:
     names = json.loads(row.detail) if row.detail else []
     rule, began_at = Rule(row.rule), str(iso(row.began_at))
-    # as it was said when it began, or the worst of it since
     firing = AlertStatus.FIRING
     news = News(row.id, row.queue_name, rule, firing, row.value, row.threshold, began_at, names)
     return {
@@ -291,5 +306,5 @@ def _shown(row: Any) -> dict[str, Any]:
         "endedAt": iso(row.ended_at),
         "messageId": row.message_id,
         "endMessageId": row.end_message_id,
-        "sentence": news.summary,
+        "sentence": news.worst,
     }

@@ -574,7 +574,7 @@ def test_an_alert_is_shown_above_the_queues_until_it_is_over(browser, tmp_path):
 
     message_id = site.failed("alert@example.com")
 
-    said = f"user-events has 1 dead letter ({MAILER}); 1 is the threshold."
+    said = f"user-events had up to 1 dead letter ({MAILER}); 1 is the threshold."
     expect(alerts.get_by_role("listitem")).to_contain_text(said)
     url = f"http://{site.admin}/queue/messages/{message_id}/discard"
     assert requests.post(url, timeout=20).status_code == 200

@@ -52,7 +52,9 @@ class TestEpisode:
         assert told(store, 12, 40, 11, 10) == []
         [firing] = shown(store)["firing"]
         assert (firing["value"], firing["threshold"], firing["endedAt"]) == (40, 10, None)
-        assert firing["sentence"] == "orders has 40 dead letters (audit.note); 10 is the threshold."
+        # by now there are 10 again
+        said = "orders had up to 40 dead letters (audit.note); 10 is the threshold."
+        assert firing["sentence"] == said
         assert told(store, 0, 0) == []
         [news] = look(store, 0)
         assert (news.status, news.alert_id) == ("resolved", firing["id"])
@@ -60,9 +62,27 @@ class TestEpisode:
         assert told(store, 0, 0, 0, 0) == []
         assert shown(store)["firing"] == []
         [past] = shown(store)["resolved"]
-        assert (past["id"], past["value"]) == (firing["id"], 40)
+        assert (past["id"], past["value"], past["sentence"]) == (firing["id"], 40, said)
         assert past["endedAt"] >= past["beganAt"]
         assert told(store, 10, 10) == ["firing"]
+
+    def test_is_told_in_a_sentence_and_shown_in_one_of_its_worst(self, store: Log) -> None:
+        its = {"orders": {rule: Measure(12.34) for rule in Rule}}
+        store.do(alerts.move, its, {"orders": LIMITS})
+        said = [news.summary for news in store.do(alerts.move, its, {"orders": LIMITS})]
+        assert said == [
+            "orders has 12.3 dead letters; 10 is the threshold.",
+            "12.3 % of the newest messages of orders fail; 10 is the threshold.",
+            "The oldest work of orders is due for 12.3 s; 10 is the threshold.",
+            "Work of orders waits, and nobody consumes 12.3 subscriptions; 10 is the threshold.",
+        ]
+        limit = "; 10 is the threshold."
+        assert [each["sentence"] for each in shown(store)["firing"]] == [
+            "orders had up to 12.3 dead letters; 10 is the threshold.",
+            "Up to 12.3 % of the newest messages of orders failed; 10 is the threshold.",
+            "The oldest work of orders was due for up to 12.3 s; 10 is the threshold.",
+            f"Work of orders waited, and nobody consumed up to 12.3 subscriptions{limit}",
+        ]
 
     def test_does_not_begin_by_one_look(self, store: Log) -> None:
         assert told(store, 10, 9, 10, 9, 10, None, 10, 0) == []
