@@ -54,7 +54,10 @@ class AlertStatus(StrEnum):
 
 
 class News(NamedTuple):
-    """What is to be told of an episode."""
+    """What is to be told of an episode.
+
+    :param is_watched: whether it is looked after any more: somebody may have set 0 as threshold.
+    """
 
     alert_id: int
     queue: str
@@ -65,10 +68,13 @@ class News(NamedTuple):
     began_at: str
     subscribers: Sequence[str]
     ended_at: str | None = None
+    is_watched: bool = True
 
     @property
     def summary(self) -> str:
         """One sentence of it, as it is now."""
+        if not self.is_watched:
+            return f"No longer watched: {_WATCHED[self.rule].format(queue=self.queue)}."
         if self.status is AlertStatus.RESOLVED:
             return f"Over: {_ABOUT[self.rule].format(queue=self.queue)}."
         return self._sentence(_NOW)
@@ -114,6 +120,13 @@ _WORST = {
     Rule.DEAD_LETTERS: "{queue} had up to {value} dead letter{s}",
     Rule.SILENT_CONSUMERS: "Work of {queue} waited, and nobody consumed up to {value} "
     "subscription{s}",
+}
+
+_WATCHED = {
+    Rule.FAILURE_PERCENT: "how many messages of {queue} fail",
+    Rule.OLDEST_SECONDS: "how long work of {queue} waits",
+    Rule.DEAD_LETTERS: "how many dead letters {queue} has",
+    Rule.SILENT_CONSUMERS: "whether anybody consumes subscriptions of {queue}",
 }
 
 _ABOUT = {
@@ -189,7 +202,8 @@ def move(tx: Transaction, measures: Measures, thresholds: Mapping[str, Threshold
         measure = measures.get(queue, {}).get(rule, Measure(None))
         threshold = thresholds.get(queue, {}).get(rule, 0.0)
         if told := _move(tx, rows.get((queue, rule)), queue, rule, measure, threshold):
-            news.append(told)
+            is_watched = threshold > 0 or queue not in thresholds
+            news.append(told._replace(is_watched=is_watched))
     return news
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, update
 
+from shared.contracts.alert import QueueAlert
 from shared.database import Database
 from shared.errors import QueueNotKnownError
 from shared.events import alerts as events
@@ -97,9 +98,16 @@ class TestEpisode:
         assert told(store, 10, 10) == ["firing"]
         looks = [look(store, 10, limit=0) for _ in range(3)]
         assert [len(each) for each in looks] == [0, 0, 1]
+        [[news]] = looks[2:]
+        assert news.summary == "No longer watched: how many dead letters orders has."
+        assert (news.status, news.payload()["status"]) == ("resolved", "resolved")
         assert told(store, 10, 10) == ["firing"]
         looks = [store.do(alerts.move, {}, {}) for _ in range(3)]
         assert [len(each) for each in looks] == [0, 0, 1]
+        [[news]] = looks[2:]
+        assert news.summary == "Over: orders had too many dead letters."
+        assert news.payload()["ended_at"] >= news.payload()["began_at"]
+        assert list(QueueAlert().validate(news.payload())) == []
 
     def test_is_none_where_the_threshold_is_zero(self, store: Log) -> None:
         assert [look(store, 10, limit=0) for _ in range(3)] == [[], [], []]
