@@ -56,6 +56,7 @@ def thresholds(settings: Settings, is_json: bool) -> None:
 @click.option("--oldest-seconds", type=click.FloatRange(0, 1e9), help="For which work is due.")
 @click.option("--dead-letters", type=_A_COUNT, help="Of the queue.")
 @click.option("--silent-consumers", type=_A_COUNT, help="Subscriptions that nobody consumes.")
+@click.option("--none", "is_none", is_flag=True, help="Take all that it has of its own away.")
 @with_json
 @click.pass_obj
 def set_thresholds(
@@ -65,9 +66,10 @@ def set_thresholds(
     oldest_seconds: float | None,
     dead_letters: int | None,
     silent_consumers: int | None,
+    is_none: bool,
     is_json: bool,
 ) -> None:
-    """Set the thresholds of QUEUE; 0 means never, and what is left out is as usual again."""
+    """Set all thresholds of QUEUE; 0 means never, and what is left out is as usual again."""
     given = {
         Rule.FAILURE_PERCENT: failure_percent,
         Rule.OLDEST_SECONDS: oldest_seconds,
@@ -75,6 +77,8 @@ def set_thresholds(
         Rule.SILENT_CONSUMERS: silent_consumers,
     }
     own = {rule: threshold for rule, threshold in given.items() if threshold is not None}
+    if bool(own) == is_none:
+        raise click.UsageError("--none, or at least one threshold")
     with operations(settings) as opened:
         changed = DirectAlerts(opened.client).set_thresholds(actor(), queue, own)
     if is_json:

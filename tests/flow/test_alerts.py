@@ -253,7 +253,7 @@ def test_thresholds_are_set_by_call_and_command(plain_site):
     changed = json.loads(queuectl("set", QUEUE, "--dead-letters", "5", "--json").stdout)
     assert (changed["deadLetters"], changed["oldestSeconds"]) == (5, 300)
     assert QUEUE in queuectl("thresholds").stdout
-    assert "no queue nowhere" in queuectl("set", "nowhere", status=1).stderr
+    assert "no queue nowhere" in queuectl("set", "nowhere", "--none", status=1).stderr
     queuectl("set", QUEUE, "--dead-letters", "-1", status=2)
     wait_until(lambda: not site.alerts()["firing"], SECONDS, "the end")
 

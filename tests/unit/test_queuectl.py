@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import pytest
@@ -69,6 +70,32 @@ class TestAlive:
         assert done.exit_code == 1
         assert done.output.startswith("Error: sqlite:///")
         assert "no such table" in done.output
+
+
+class TestThresholds:
+    @pytest.fixture(autouse=True)
+    def subscribed(self, log_settings: Mapping[str, str]) -> None:
+        wanted = [Subscription("orders", "shop", "placed", "my_audit.note")]
+        TestAlive.in_log(log_settings, lambda tx: subscriptions.register(tx, wanted))
+
+    def test_are_taken_away_only_where_that_is_said(self, log_settings: Mapping[str, str]) -> None:
+        self.set("--dead-letters", "100", env=log_settings)
+        for args in ([], ["--none", "--dead-letters", "5"]):
+            refused = queuectl("alerts", "set", "orders", *args, env=log_settings)
+            assert refused.exit_code == 2
+            assert "--none, or at least one threshold" in refused.stderr
+        assert self.own(log_settings) == ["dead_letters"]
+        self.set("--none", env=log_settings)
+        assert self.own(log_settings) == []
+
+    def set(self, *args: str, env: Mapping[str, str]) -> None:
+        done = queuectl("alerts", "set", "orders", *args, env=env)
+        assert done.exit_code == 0, done.output
+
+    def own(self, env: Mapping[str, str]) -> list[str]:
+        shown = json.loads(queuectl("alerts", "thresholds", "--json", env=env).stdout)
+        [its] = shown["queues"]
+        return its["own"]
 
 
 class TestAudit:
