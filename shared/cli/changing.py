@@ -26,7 +26,7 @@ from shared.cli.working import (
 from shared.errors import NothingToRetryError
 from shared.events.direct import DirectOperations
 from shared.events.replays import BATCH
-from shared.events.retention import Pruner
+from shared.events.retention import Pruner, prune_now
 from shared.settings import Settings
 from shared.store.listing import Filters
 from shared.store.retention import Removed
@@ -162,8 +162,11 @@ def prune(settings: Settings, dry_run: bool, is_json: bool) -> None:
             shown.update(shown.task_ids[0], completed=done.messages)
             return True
 
-        pruner = Pruner(opened.client, opened.client, actor(), show)
-        done = pruner.count() if dry_run else pruner.prune()
+        client = opened.client
+        if dry_run:
+            done = Pruner(client, client, actor(), show).count()
+        else:
+            done = prune_now(client, client, actor(), show)
     answer = {"messages": done.messages, "removed": not dry_run}
     word = "would be removed" if dry_run else "removed"
     say(is_json, answer, f"{done.messages} messages {word}")

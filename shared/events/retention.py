@@ -119,6 +119,19 @@ def prune_when_due(
     """
     if not reader.read(_is_due) or not client.call(_take):
         return None
+    return _prune(client, reader, actor, say)
+
+
+def prune_now(client: LogClient, reader: Reader, actor: str, say: Say = lambda _: True) -> Removed:
+    """Remove what is old enough, as when it is due; return how many.
+
+    :param say: as for :class:`Pruner`.
+    """
+    client.call(_start)
+    return _prune(client, reader, actor, say)
+
+
+def _prune(client: LogClient, reader: Reader, actor: str, say: Say) -> Removed:
     done = Pruner(client, reader, actor, say).prune()
     client.call(partial(_end, kept(client.settings), done))
     return done
@@ -138,6 +151,11 @@ def _is_due(connection: Connection) -> bool:
 
 def _take(tx: Transaction) -> tuple[bool, list[Delivery]]:
     return timers.take(tx, TIMER, EVERY_SECONDS, first=EVERY_SECONDS), []
+
+
+def _start(tx: Transaction) -> tuple[None, list[Delivery]]:
+    timers.start(tx, TIMER, EVERY_SECONDS)
+    return None, []
 
 
 def _end(its: Kept, done: Removed, tx: Transaction) -> tuple[None, list[Delivery]]:

@@ -40,6 +40,16 @@ def take(tx: Transaction, name: str, seconds: float, *, first: float = 0.0) -> b
     return not first
 
 
+def start(tx: Transaction, name: str, seconds: float) -> None:
+    """Note that it is done now, due or not, and when it is due next.
+
+    :param seconds: from now to the next time.
+    """
+    values = {"next_at": tx.later(seconds), "last_at": tx.now}
+    if not tx.connection.execute(update(timers).where(t.name == name).values(**values)).rowcount:
+        tx.connection.execute(insert(timers).values(name=name, **values))
+
+
 def is_due(connection: Connection, name: str, now: datetime) -> bool:
     """Say whether it may be to be done; :func:`take` decides."""
     next_at = connection.execute(select(t.next_at).where(t.name == name)).scalar()

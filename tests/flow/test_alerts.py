@@ -300,10 +300,12 @@ def test_what_is_old_is_removed_by_command_and_by_the_hour(site):
     assert entry["detail"] == {"messages": 3, "deliveries": 6}
     shown = site.get("/queue/retention")
     assert (shown["completedDays"], shown["deadDays"], shown["inboxDays"]) == (30, 0, 30)
-    assert shown["lastRunAt"] is None
+    assert shown["lastRunAt"] < shown["nextRunAt"]
+    assert shown["lastResult"] == {"messages": 3, "deliveries": 6}
     # and by itself
     make_old(site)
-    wait_until(lambda: site.get("/queue/retention")["nextRunAt"], SECONDS, "the first look")
+    newest = site.publish({"n": 5})  # whose message is never removed
+    site.wait_for(newest, "completed")
     site.database.run(
         lambda tx: tx.connection.execute(
             update(timers).where(timers.c.name == "retention").values(next_at=tx.now)
@@ -314,9 +316,9 @@ def test_what_is_old_is_removed_by_command_and_by_the_hour(site):
         SECONDS,
         lambda: str(site.get("/queue/retention")),
     )
-    assert site.listed() == [dead]
+    assert site.listed() == [newest, dead]
     assert site.trail()[0]["actor"] == "queue_admin"
     # what was removed is not missed: work goes on
-    again = site.publish({"n": 5})
+    again = site.publish({"n": 6})
     site.wait_for(again, "completed")
     assert queuectl("audit", "--json")["balanced"]

@@ -16,6 +16,7 @@ from shared.lifecycle import DeliveryStatus
 from shared.settings import load_settings
 from shared.store import audit, repair, replay, retention, subscriptions, timers
 from shared.tables import (
+    alerts,
     attempts,
     audit_log,
     causes,
@@ -27,6 +28,7 @@ from shared.tables import (
 from shared.tables import timers as timers_table
 from shared.types import Delivery, Lease, new_message_id
 from tests.unit.message_log import COMPLETED, FAILED, RETRY, Log, event
+from tests.unit.test_queuectl import queuectl
 
 OLD = 40.0
 """Days; by default completed messages are kept for 30."""
@@ -58,6 +60,19 @@ class Site:
             tx.connection.execute(update(messages).where(messages.c.id == message_id).values(its))
 
         self.store.do(step)
+
+    def alert(self, ended: float) -> int:
+        """Store an alert that was over that many days ago; return its id."""
+
+        def step(tx: Any) -> int:
+            at = tx.now - timedelta(days=ended)
+            its = {
+                "queue_name": "orders", "rule": "dead_letters", "status": "resolved",
+                "threshold": 1, "looks": 0, "began_at": at, "ended_at": at,
+            }  # fmt: skip
+            return int(tx.connection.execute(insert(alerts).values(its)).inserted_primary_key[0])
+
+        return self.store.do(step)
 
     def pruner(self) -> Pruner:
         return Pruner(self.client, self.client, "ada")
@@ -359,6 +374,32 @@ class TestTimer:
         assert shown["lastRunAt"] < shown["nextRunAt"]
         site.make(COMPLETED)
         assert prune_when_due(site.client, site.client, "queue_admin") is None
+
+    @pytest.mark.parametrize("was_due", [True, False])
+    def test_is_noted_as_well_when_somebody_removes_before_it_is_due(
+        self, site: Site, was_due: bool
+    ) -> None:
+        if was_due:
+            assert prune_when_due(site.client, site.client, "queue_admin") is None
+        site.make(COMPLETED)
+        site.alert(ended=OLD)
+        new = site.alert(ended=1)
+
+        with site.something_newer():
+            done = queuectl("prune", env=site.store.config)
+
+        assert (done.exit_code, done.output) == (0, "1 messages removed\n")
+        assert [row.id for row in site.store.rows(alerts)] == [new]
+        shown = site.client.read(timers.shown, TIMER)
+        assert shown["lastResult"] == {"messages": 1, "deliveries": 1}
+        assert shown["lastRunAt"] < shown["nextRunAt"]
+        assert prune_when_due(site.client, site.client, "queue_admin") is None
+
+    def test_is_not_changed_by_who_only_counts(self, site: Site) -> None:
+        old = site.alert(ended=OLD)
+        assert queuectl("prune", "--dry-run", env=site.store.config).exit_code == 0
+        assert [row.id for row in site.store.rows(alerts)] == [old]
+        assert site.store.rows(timers_table) == []
 
     def make_due(self, site: Site) -> None:
         site.store.do(lambda tx: tx.connection.execute(update(timers_table).values(next_at=tx.now)))
