@@ -82,7 +82,7 @@ def _ask(db: Session, told: Alert, kind: str, claimant: str) -> _Turn:
 
 
 def _make_row(db: Session, told: Alert, kind: str) -> None:
-    # not locked: two who lock what is not there, and make it, lock each other out on MariaDB
+    # committed by itself, so that everybody has a row to lock
     if db.scalar(select(AlertRecord.kind).where(*_is(told, kind))) is None:
         db.add(AlertRecord(episode=told.episode, kind=kind, is_over=False))
     try:

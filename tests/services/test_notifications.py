@@ -45,11 +45,12 @@ from services.notifications.mail import (
 from services.notifications.models import AlertRecord, Base, MailRecord, Status
 from services.notifications.schemas import NewUser, read_alert, read_new_user
 from shared.contracts.user import UserRegistered
-from shared.database import make_engine
+from shared.database import database_url, make_engine
 from shared.errors import Reject
 from shared.events import Message
 from shared.settings import Address, load_settings
 from shared.store.migrate import service_migrations, upgrade
+from shared.testing.servers import MariaDBDatabase
 from shared.types import Priority
 from tests.support.waiting import wait_until
 
@@ -341,6 +342,18 @@ class TestAlert:
         first.wait()
         second.wait()
         assert told.statuses == ["firing", "resolved"]
+
+    def test_has_its_end_as_the_last_word_on_mariadb_as_well(
+        self, tmp_path: Path, mariadb_database: MariaDBDatabase, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = {"QUEUE_DATA_DIR": str(tmp_path), **mariadb_database.environment}
+        url = database_url(load_settings(config), "notifications")
+        house = House(make_engine(url, eventlet.sleep))
+        told = Told(self, house, monkeypatch, "webhook")
+        for payload in (ALERT, ALERT, RESOLVED, ALERT):
+            told.tell(payload)
+        assert told.statuses == ["firing", "firing", "resolved"]
+        house.engine.dispose()
 
     def test_is_told_anew_when_who_told_of_it_died(
         self, house: House, monkeypatch: pytest.MonkeyPatch
