@@ -26,7 +26,7 @@ run: $(DONE) ## Start the four services, and leave them running
 
 # Most tests wait for other processes, so three parts at once take little longer than one. The
 # first of these take longest; of tests/flow each has the files whose names begin so.
-PARTS := flow-o-q flow-r-z others flow-d-n faults flow-a-c
+PARTS := flow-r-z flow-d-n flow-o-q others flow-a-c faults
 
 test: $(DONE) ## Run the tests, in parts at once; ARGS='-k company' runs those
 ifeq ($(ARGS),)
