@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared.database import Transaction, database_url, make_reader, utc_now
-from shared.errors import ProviderError, StoreUnavailableError
+from shared.errors import ProviderError, QueueError, StoreUnavailableError
 from shared.events.audit import Audit
 from shared.events.client import QueueClient
 from shared.events.dispatcher import make_envelope
@@ -29,6 +29,12 @@ from shared.store.log import Handover
 from shared.types import Dedupe, Delivery, Envelope, Subscription
 
 _log = logging.getLogger(__name__)
+
+PUT_OFF_SECONDS = 1.0
+"""How long it is waited for a database that does not answer."""
+
+AGAIN_SECONDS = 5.0
+"""How long it is waited after something failed that nobody expected."""
 
 FINISH_SECONDS = 3.0
 """How long a stop waits for an audit that is being made."""
@@ -242,6 +248,41 @@ class QueueService(DependencyProvider, Publisher):
         status = "down" if left is None else "up"
         left = None if left is None else left + in_log
         return {"name": settings.drain, "status": status, "left": left}
+
+
+class HubTimer(DependencyProvider):
+    """Carries on, on the hub, what is due; injects itself. Of several processes any one does.
+
+    ``carry_on`` is from the class that it is beside: it does what is due, and returns in how many
+    seconds to come again.
+    """
+
+    carry_on: Callable[[], float]
+    work: str
+    """What that is, for the log."""
+
+    def start(self) -> None:
+        self._thread = self.container.spawn_managed_thread(self._run, identifier=self.work)
+
+    def stop(self) -> None:
+        self._thread.kill()
+
+    def get_dependency(self, _worker_ctx: Any) -> Any:
+        return self
+
+    def _run(self) -> None:
+        while True:
+            eventlet.sleep(self._once())
+
+    def _once(self) -> float:
+        try:
+            return self.carry_on()
+        except QueueError:
+            # who keeps the log says that it does not answer
+            return PUT_OFF_SECONDS
+        except SQLAlchemyError as exc:
+            _log.warning("%s put off: %s", self.work, exc)
+            return AGAIN_SECONDS
 
 
 class AuditTimer(DependencyProvider):

@@ -6,15 +6,11 @@ import logging
 from functools import partial
 from typing import Any
 
-import eventlet
-from nameko.extensions import DependencyProvider
 from sqlalchemy import Connection
-from sqlalchemy.exc import SQLAlchemyError
 
 from shared.database import Transaction, utc_now
-from shared.errors import QueueError
 from shared.events.client import QueueClient
-from shared.events.operations import LogClient, LogReader, Reader
+from shared.events.operations import HubTimer, LogClient, LogReader, Reader
 from shared.store import ramps
 from shared.types import Delivery
 
@@ -22,9 +18,6 @@ _log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 """How often it is looked whether somebody began a ramp, here or elsewhere."""
-
-AGAIN_SECONDS = 5.0
-"""How long it is waited after something failed that nobody expected."""
 
 
 class Ramps:
@@ -83,34 +76,12 @@ class Ramps:
         return 0.0 if ids else min(LOOK_SECONDS, LOOK_SECONDS if soonest is None else soonest)
 
 
-class RampTimer(DependencyProvider, Ramps):
+class RampTimer(Ramps, HubTimer):
     """Injects :class:`Ramps`, and carries them on. Of several processes any one does so."""
 
+    work = "ramps"
     client = QueueClient()
     reader = LogReader()
-
-    def start(self) -> None:
-        self._thread = self.container.spawn_managed_thread(self._run, identifier="ramps")
-
-    def stop(self) -> None:
-        self._thread.kill()
-
-    def get_dependency(self, _worker_ctx: Any) -> RampTimer:
-        return self
-
-    def _run(self) -> None:
-        while True:
-            eventlet.sleep(self._once())
-
-    def _once(self) -> float:
-        try:
-            return self.carry_on()
-        except QueueError:
-            # who keeps the log says that it does not answer
-            return LOOK_SECONDS
-        except SQLAlchemyError as exc:
-            _log.warning("ramps put off: %s", exc)
-            return AGAIN_SECONDS
 
 
 def _due(connection: Connection) -> tuple[list[int], float | None]:

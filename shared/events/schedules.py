@@ -9,17 +9,15 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-import eventlet
-from nameko.extensions import DependencyProvider
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared.database import Transaction, utc_now
-from shared.errors import PayloadError, QueueError, ScheduleNotFoundError
+from shared.errors import PayloadError, ScheduleNotFoundError
 from shared.events.client import QueueClient
 from shared.events.cron import Cron, Due
 from shared.events.dispatcher import make_envelope
-from shared.events.operations import LogClient, LogReader, Reader
+from shared.events.operations import HubTimer, LogClient, LogReader, Reader
 from shared.observe.traces import Dispatching
 from shared.store import log, schedules, trail
 from shared.store.queries import iso
@@ -33,9 +31,6 @@ LOOK_SECONDS = 1.0
 
 BUSY_SECONDS = 0.05
 """How soon what others dispatch at this moment is looked at again."""
-
-AGAIN_SECONDS = 5.0
-"""How long it is waited after something failed that nobody expected."""
 
 LONGEST_ERROR = 1000
 """Characters that are kept of why something could not be dispatched."""
@@ -262,40 +257,18 @@ class Schedules:
         return log.append(tx, [envelope], limit, handover=self.client.handover)
 
 
-class ScheduleTimer(DependencyProvider, Schedules):
+class ScheduleTimer(Schedules, HubTimer):
     """Injects :class:`Schedules`, and dispatches what is due. Of several processes any one does.
 
     What is due is found on the hub, where contracts are checked, and dispatched by the pump.
     """
 
+    work = "schedules"
     client = QueueClient()
     reader = LogReader()
 
-    def start(self) -> None:
-        self._thread = self.container.spawn_managed_thread(self._run, identifier="schedules")
-
-    def stop(self) -> None:
-        self._thread.kill()
-
-    def get_dependency(self, _worker_ctx: Any) -> ScheduleTimer:
-        return self
-
     def _count(self, envelope: Envelope) -> None:
         self.client.counts.count_dispatched([envelope])
-
-    def _run(self) -> None:
-        while True:
-            eventlet.sleep(self._once())
-
-    def _once(self) -> float:
-        try:
-            return self.carry_on()
-        except QueueError:
-            # who keeps the log says that it does not answer
-            return LOOK_SECONDS
-        except SQLAlchemyError as exc:
-            _log.warning("schedules put off: %s", exc)
-            return AGAIN_SECONDS
 
 
 def _kept(
