@@ -302,7 +302,13 @@ class ApartPump(Pump):
     def _may_wait(self, turn: Turn) -> bool:
         """Whether outcomes may still gather: nobody waits for them."""
         is_few = len(turn.outcomes) < MOST_OUTCOMES and not turn.appends
-        return is_few and monotonic() < self._store_at and not self._finishing
+        is_early = is_few and monotonic() < self._store_at and not self._finishing
+        return is_early and not self._has_come_again(turn.outcomes)
+
+    def _has_come_again(self, outcomes: list[Outcome]) -> bool:
+        """Whether the provider handed out again what ended, and would run again unless stored."""
+        ended = {_which(x.lease) for x in outcomes} if self._reports.reserved else ()
+        return any(_which(lease) in ended for lease in self._reports.reserved)
 
     def _obey(self, command: Any) -> None:
         self._handlers[type(command)](command)
@@ -420,7 +426,7 @@ class ApartPump(Pump):
     def _do(self, turn: Turn) -> None:
         reports, self._reports = self._reports, Reports()
         if reports.reserved:
-            reports.reserved = self._run_what_is_fit(reports)
+            reports.reserved = self._run_what_is_fit(reports, turn.outcomes)
         full = self._filled(turn, reports)
         if not full.has_work:
             return
@@ -451,11 +457,12 @@ class ApartPump(Pump):
             full.published = self._published
         return full
 
-    def _run_what_is_fit(self, reports: Reports) -> list[Lease]:
+    def _run_what_is_fit(self, reports: Reports, ended: list[Outcome]) -> list[Lease]:
         """Hand out what may run at once; return what has to be started in the log before."""
         if self._is_moving:
             return reports.reserved
-        query = partial(attempts.fit, leases=reports.reserved, running=self._active.keys())
+        known = self._active.keys() | {outcome.lease.delivery.seq for outcome in ended}
+        query = partial(attempts.fit, leases=reports.reserved, known=known)
         try:
             fit, others = self._database.read(query)
         except StoreUnavailableError:
@@ -838,3 +845,8 @@ class ApartPump(Pump):
     def _close(self) -> None:
         self._tell(Finish())
         self._thread.join_natively(FINISH_SECONDS)
+
+
+def _which(lease: Lease) -> tuple[str, int]:
+    """Return what a delivery is known by, whoever dispatched it."""
+    return lease.delivery.message.id, lease.delivery.subscription_id

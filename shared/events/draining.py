@@ -79,7 +79,7 @@ class DrainPump(ApartPump):
 
     # --- one turn
 
-    def _run_what_is_fit(self, reports: Reports) -> list[Lease]:
+    def _run_what_is_fit(self, reports: Reports, _ended: list[Outcome]) -> list[Lease]:
         return reports.reserved
 
     def _all_steps(self, turn: ApartTurn, tx: Transaction) -> None:

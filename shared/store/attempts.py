@@ -301,7 +301,7 @@ def _postponed(lease: Lease, seconds: float) -> Settlement:
 
 
 def fit(
-    tx: Transaction, leases: Sequence[Lease], running: Collection[int]
+    tx: Transaction, leases: Sequence[Lease], known: Collection[int]
 ) -> tuple[list[Lease], list[Lease]]:
     """Part leases into those that may run at once, and those to be started in the log first.
 
@@ -310,14 +310,14 @@ def fit(
     handled by copy. What comes after one that has to be started waits with it, so that
     all are handed out in order.
 
-    :param running: what the worker has in hand already.
+    :param known: what the worker has in hand already, or had, and is about to store.
     """
     first = list(takewhile(_is_first, leases))
     states = _states(tx, first) if first else {}
     good: dict[int, Lease] = {}
     for lease in first:
         state = states.get(lease.delivery.seq)
-        if state is None or not _is_fresh(state) or state.seq in good or state.seq in running:
+        if state is None or not _is_fresh(state) or state.seq in good or state.seq in known:
             break
         good[state.seq] = replace(lease, token=lease.token or state.lease_token + 1)
     return list(good.values()), list(leases[len(good) :])

@@ -25,14 +25,33 @@ from tests.unit.test_backlog import expire
 HANDED = Handover(backlog.PUBLISH_SECONDS)
 
 
-@pytest.fixture
-def pump(store: Log) -> Iterator[ApartPump]:
-    provider = Mock(capabilities=Capabilities())
+def make_pump(store: Log, provider: Mock) -> Iterator[ApartPump]:
     made = ApartPump(load_settings(store.config), provider, Mailbox(), Mock(), Mock(), Mock())
     made._connect()
     yield made
     made._database.close()
     made._mailbox.close()
+
+
+@pytest.fixture
+def pump(store: Log) -> Iterator[ApartPump]:
+    yield from make_pump(store, Mock(capabilities=Capabilities()))
+
+
+@pytest.fixture
+def broker_pump(store: Log) -> Iterator[ApartPump]:
+    """One whose provider keeps no leases, and what it tells that is noted."""
+    provider = Mock(capabilities=Capabilities(leases_expire=False), longest_lease=1800.0)
+    for made in make_pump(store, provider):
+        made._tell = Mock()  # type: ignore[method-assign]
+        yield made
+
+
+def settled(pump: ApartPump) -> dict[Any, SettleAction]:
+    """Return what became of copies at the provider, by their handles."""
+    told = [call.args[0] for call in pump._tell.call_args_list]  # type: ignore[attr-defined]
+    found = [x for each in told if isinstance(each, Settle) for x in each.settlements]
+    return {each.lease.handle: each.action for each in found}
 
 
 def completed(store: Log) -> list[Outcome]:
@@ -142,16 +161,6 @@ class TestLimits:
 class TestWhatWasLost:
     """Given a lease in the log that ran out, while its worker was frozen and its broker waited."""
 
-    @pytest.fixture
-    def pump(self, store: Log) -> Iterator[ApartPump]:
-        provider = Mock(capabilities=Capabilities(leases_expire=False), longest_lease=1800.0)
-        made = ApartPump(load_settings(store.config), provider, Mailbox(), Mock(), Mock(), Mock())
-        made._connect()
-        made._tell = Mock()  # type: ignore[method-assign]
-        yield made
-        made._database.close()
-        made._mailbox.close()
-
     @staticmethod
     def end(pump: ApartPump, outcome: Outcome) -> list[SettleAction]:
         """Have an attempt end; return what becomes of its copy."""
@@ -159,63 +168,61 @@ class TestWhatWasLost:
         pump._turn()
         pump._store_at = 0.0
         pump._turn()
-        told = [call.args[0] for call in pump._tell.call_args_list]  # type: ignore[attr-defined]
-        return [x.action for each in told if isinstance(each, Settle) for x in each.settlements]
+        return list(settled(pump).values())
 
-    def test_is_dropped_where_another_worker_has_a_copy(self, store: Log, pump: ApartPump) -> None:
+    def test_is_dropped_where_another_worker_has_a_copy(
+        self, store: Log, broker_pump: ApartPump
+    ) -> None:
         store.subscribe()
         [first, _] = completed(store)
         copy = replace(first.lease, token=0, handle="copy")
         store.do(attempts.start, [copy], "another", held_for=30.0)
 
-        assert self.end(pump, first) == [SettleAction.ACKNOWLEDGE]
+        assert self.end(broker_pump, first) == [SettleAction.ACKNOWLEDGE]
         assert store.delivery(first.lease.delivery.seq).worker == "another"
 
-    def test_is_dropped_where_a_copy_is_to_be_published(self, store: Log, pump: ApartPump) -> None:
+    def test_is_dropped_where_a_copy_is_to_be_published(
+        self, store: Log, broker_pump: ApartPump
+    ) -> None:
         store.subscribe()
         [first, _] = completed(store)
         store.do(attempts.begin, [first.lease], "frozen", 30.0)
         expire(store, first.lease.delivery.seq)
         store.do(backlog.recover)
 
-        assert self.end(pump, first) == [SettleAction.ACKNOWLEDGE]
+        assert self.end(broker_pump, first) == [SettleAction.ACKNOWLEDGE]
 
-    def test_comes_again_where_the_log_does_not_have_it(self, store: Log, pump: ApartPump) -> None:
+    def test_comes_again_where_the_log_does_not_have_it(
+        self, store: Log, broker_pump: ApartPump
+    ) -> None:
         store.subscribe()
         [first, _] = completed(store)
         copy = replace(first.lease, token=0, handle="copy")
         store.do(attempts.start, [copy], "another", held_for=0.0)
 
-        assert self.end(pump, first) == [SettleAction.RELEASE]
+        assert self.end(broker_pump, first) == [SettleAction.RELEASE]
 
 
 class TestWhatComesAgain:
-    def test_while_its_outcome_gathers_runs_and_is_kept_in_hand(self, store: Log) -> None:
-        """Given a broker that closes the connection, and gives what was unsettled once more."""
-        provider = Mock(capabilities=Capabilities(leases_expire=False), longest_lease=1800.0)
-        pump = ApartPump(load_settings(store.config), provider, Mailbox(), Mock(), Mock(), Mock())
-        pump._connect()
+    """Given a broker that closes the connection, and gives what was unsettled once more."""
+
+    @pytest.mark.parametrize("redelivered", [True, False])
+    def test_while_its_outcome_gathers_is_settled_and_does_not_run(
+        self, store: Log, broker_pump: ApartPump, redelivered: bool
+    ) -> None:
         store.subscribe()
-        [first, _] = completed(store)
-        pump._hand_out([first.lease])
-        send(pump, first)
-        pump._turn()
-        pump._store_at = inf
-        again = replace(first.lease, token=0, redelivered=True, handle="again")
-        send(pump, Reserved([again]))
-        pump._turn()
-        assert [lease.key for lease in pump._active.values()] == ["again"]
+        [first, other] = completed(store)
+        broker_pump._hand_out([first.lease])
+        send(broker_pump, first)
+        broker_pump._turn()
+        broker_pump._store_at = inf
+        again = replace(first.lease, token=0, redelivered=redelivered, handle="again")
+        fresh = replace(other.lease, token=0)
+        send(broker_pump, Reserved([fresh, again]))
+        broker_pump._turn()
 
-        pump._store_at = pump._renew_at = 0.0
-        pump._turn()
-        pump._renew_at = 0.0
-        pump._turn()
-
-        [lease] = pump._active.values()
-        send(pump, Outcome(lease, COMPLETED))
-        pump._turn()
-        pump._store_at = 0.0
-        pump._turn()
+        assert [lease.delivery.seq for lease in broker_pump._active.values()] == [
+            fresh.delivery.seq
+        ]
         assert statuses(store, [first]) == ["completed"]
-        pump._database.close()
-        pump._mailbox.close()
+        assert settled(broker_pump)["again"] == SettleAction.ACKNOWLEDGE
