@@ -3,6 +3,7 @@
 PYTHON ?= python3
 ARGS   ?=
 N      ?= 200
+JOBS   ?= 2
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -44,9 +45,9 @@ test-faults: $(DONE)
 test-others: $(DONE)
 	@$(BIN)/python -m pytest --ignore tests/flow --ignore tests/faults
 
-soak: $(DONE) ## Break N things while events flow, and account for them; SEED chooses the same again
+soak: $(DONE) ## Break N things while events flow, and account for them, JOBS runs at a time; SEED chooses the same
 	@$(BIN)/python -W ignore -m tests.faults.soak --faults $(N) $(if $(SEED),--seed $(SEED)) \
-		--receipt docs/receipts/soak.md
+		--jobs $(JOBS) --receipt docs/receipts/soak.md
 
 check: $(DONE) ## Check format, style, types, and which way imports run
 	$(BIN)/ruff format --check .

@@ -34,7 +34,7 @@ from shared.settings import Settings
 from shared.stopping import stopper
 from shared.store import backlog
 from shared.store.moving import Route
-from shared.types import Delivery, Lease, SettleAction, Settlement, Subscription
+from shared.types import Delivery, Lease, Outcome, SettleAction, Settlement, Subscription
 
 
 def route_of(settings: Settings) -> Route:
@@ -79,7 +79,8 @@ class DrainPump(ApartPump):
 
     # --- one turn
 
-    def _run_what_is_fit(self, reports: Reports, _ended: list[Outcome]) -> list[Lease]:
+    def _run_what_is_fit(self, reports: Reports, ended: list[Outcome]) -> list[Lease]:
+        del ended
         return reports.reserved
 
     def _all_steps(self, turn: ApartTurn, tx: Transaction) -> None:

@@ -26,6 +26,9 @@ Breaking = AbstractContextManager[None]
 STOP_SECONDS = 20.0
 """How long a process may take to end after SIGTERM: its grace time, and the last outcomes."""
 
+AT_ONCE = [1, 1, 2, 3, 5, 8]
+"""How many faults may happen together, but for those that happen to the same."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -67,7 +70,7 @@ def plan(catalogue: list[Fault], seed: int, count: int) -> list[list[Step]]:
     left = count
     while left:
         chosen: dict[str, Fault] = {}
-        for _ in range(min(left, rng.choice([1, 2, 3]))):
+        for _ in range(min(left, rng.choice(AT_ONCE))):
             [fault] = rng.choices(catalogue, [fault.weight for fault in catalogue])
             chosen.setdefault(fault.target, fault)
         left -= len(chosen)

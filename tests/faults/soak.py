@@ -11,6 +11,8 @@ import eventlet
 eventlet.monkey_patch()
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import pickle  # noqa: E402
 import platform  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
@@ -19,8 +21,11 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 from collections import Counter  # noqa: E402
 from datetime import UTC, datetime  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from random import SystemRandom  # noqa: E402
+
+from eventlet.green.subprocess import STDOUT, Popen  # noqa: E402
 
 from shared.testing.servers import find_program, find_rabbitmq  # noqa: E402
 from tests.faults.account import Account  # noqa: E402
@@ -28,9 +33,8 @@ from tests.faults.driver import Run, run  # noqa: E402
 from tests.faults.world import BACKENDS  # noqa: E402
 from tests.support.processes import ROOT  # noqa: E402
 
-FAULTS_A_RUN = 50
+FAULTS_A_RUN = 100
 """Each run has servers and a message log of its own: what is counted at its end stays small."""
-
 
 READING = """\
 Lost is what was stored and not handled, or handled and not noted. Put back is what a provider had
@@ -46,16 +50,27 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=SystemRandom().randrange(1 << 32))
     parser.add_argument("--backend", action="append", choices=list(BACKENDS))
     parser.add_argument("--receipt", type=Path, help="a file to write")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--run", nargs=4, metavar=("FOLDER", "BACKEND", "SEED", "FAULTS"))
     options = parser.parse_args()
     # so that what was started is ended, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    if options.run:
+        folder, backend, seed, faults = options.run
+        done = run(Path(folder), backend, int(seed), int(faults), partial(print, flush=True))
+        Path(folder, "run").write_bytes(pickle.dumps(done))
+        return 0
     backends = options.backend or list(BACKENDS)
     began, runs = datetime.now(UTC), []
-    for number, (backend, faults) in enumerate(shares(options.faults, backends)):
-        runs.append(_one(backend, options.seed + number, faults))
+    wanted = [
+        (backend, options.seed + number, faults)
+        for number, (backend, faults) in enumerate(shares(options.faults, backends))
+    ]
+    for done in eventlet.GreenPool(options.jobs).imap(lambda each: _one(*each), wanted):
+        runs.append(done)
         if options.receipt:
             options.receipt.parent.mkdir(parents=True, exist_ok=True)
-            options.receipt.write_text(receipt(runs, options.faults, options.seed, began))
+            options.receipt.write_text(receipt(runs, options, began))
     return 1 if any(each.account.wrong for each in runs) else 0
 
 
@@ -70,12 +85,28 @@ def shares(faults: int, backends: list[str]) -> list[tuple[str, int]]:
 
 
 def _one(backend: str, seed: int, faults: int) -> Run:
+    """Have a process do one run: it has signals and a clock that jumps to itself."""
     folder = Path(tempfile.mkdtemp(prefix="nameko-soak-"))
     print(f"{backend}: {faults} faults, seed {seed}", flush=True)
+    module = [sys.executable, "-W", "ignore", "-m", "tests.faults.soak"]
+    with (folder / "steps").open("wb") as steps:
+        its = Popen(
+            [*module, "--run", folder, backend, str(seed), str(faults)],
+            cwd=ROOT,
+            stdout=steps,
+            stderr=STDOUT,
+        )
     try:
-        done = run(folder, backend, seed, faults, lambda text: print(text, flush=True))
-    except Exception as exc:
-        wrong = [f"the run ended: {type(exc).__name__}: {exc}"]
+        its.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            its.terminate()
+        its.wait()
+    if its.returncode == 0:
+        done: Run = pickle.loads((folder / "run").read_bytes())  # noqa: S301 our own process wrote it
+    else:
+        said = (folder / "steps").read_text(errors="replace").strip().splitlines()
+        wrong = [f"the run ended: {said[-1] if said else its.returncode}"]
         done = Run(backend, seed, account=Account(wrong=wrong))
     print(done, *done.account.wrong[:20], *done.tracebacks, sep="\n", flush=True)
     if done.account.wrong or done.tracebacks:
@@ -85,11 +116,11 @@ def _one(backend: str, seed: int, faults: int) -> Run:
     return done
 
 
-def receipt(runs: list[Run], wanted: int, seed: int, began: datetime) -> str:
+def receipt(runs: list[Run], options: argparse.Namespace, began: datetime) -> str:
     """Return what ran and what came of it, as Markdown."""
     seconds = (datetime.now(UTC) - began).total_seconds()
     done = sum(each.faults.total() for each in runs)
-    command = f"make soak N={wanted} SEED={seed}"
+    command = f"make soak N={options.faults} SEED={options.seed} JOBS={options.jobs}"
     heads = ["Backend", "Faults", "Events stored", "By outbox", "Refused", "Rolled back"]
     heads += [
         "Uncertain",
