@@ -64,15 +64,17 @@ class CommitUncertainError(StoreUnavailableError):
 class Transaction:
     """An open transaction, and the time at which the database says that it began.
 
-    :param now: naive UTC, to the millisecond.
+    :param now: naive UTC, to the millisecond; never ahead of the database's clock.
+    :param lag: by how much it may be behind: as long as the database's answer took.
     """
 
     connection: Connection
     now: datetime
+    lag: timedelta = timedelta()
 
     def later(self, seconds: float) -> datetime:
-        """Return the time ``seconds`` after :attr:`now`."""
-        return self.now + timedelta(milliseconds=round(seconds * 1000))
+        """Return a time that is not before ``seconds`` from now."""
+        return self.now + self.lag + timedelta(milliseconds=round(seconds * 1000))
 
 
 def database_url(settings: Settings, name: str = "queue") -> URL:
@@ -264,6 +266,7 @@ class Database:
         self._file: tuple[int, int] | None = None
         self._reader: Connection | None = None
         self._clock = datetime.min
+        self._lag = timedelta()
         self._asked_at = -math.inf
 
     @property
@@ -382,7 +385,7 @@ class Database:
             connection = self._connect()
             self._set_durable(connection, durable)
             connection.begin()
-            return Transaction(connection, self._now(connection, reckons))
+            return Transaction(connection, self._now(connection, reckons), self._lag)
         except StoreUnavailableError:
             self.drop_connection()
             raise
@@ -409,7 +412,9 @@ class Database:
             return utc_now(connection)
         passed = time.monotonic() - self._asked_at
         if passed > CLOCK_SECONDS or not reckons:
+            began = time.monotonic()
             self._clock, self._asked_at, passed = utc_now(connection), time.monotonic(), 0.0
+            self._lag = timedelta(milliseconds=int((self._asked_at - began) * 1000))
         return self._clock + timedelta(milliseconds=int(passed * 1000))
 
     def _file_now(self) -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -371,36 +371,42 @@ class Pump(ABC):
         self._unsaved += turn.outcomes
         for append in turn.appends:
             error = DispatchError(f"nothing was stored: {exc}")
+            if isinstance(exc, CommitUncertainError):
+                error = DispatchUncertainError(turn.ids_of(append), str(exc))
             self._mailbox.answer(append.promise.reject, error)
         for call in calls:
             self._mailbox.answer(call.promise.reject, exc)
 
     def _resolve_uncertain(self, turn: Turn, exc: CommitUncertainError) -> None:
-        """Find out whether a COMMIT took place, by the ids that the client made."""
+        """Store events once more of which nobody knows whether they are, by the same ids.
+
+        To look for them does not decide it: they may be on their way to the server yet, all of
+        the transaction with its COMMIT. After this, what comes late is refused as a duplicate.
+
+        :raises CommitUncertainError: when all are stored once more already.
+        """
+        if turn.appends and all(append.again for append in turn.appends):
+            raise exc
         self._say_unreachable(exc)
         self._unsaved += turn.outcomes
-        ids = [id_ for append in turn.appends for id_ in turn.ids_of(append)]
-        stored = self._stored(ids) if ids else set()
-        for append in turn.appends:
-            its = turn.ids_of(append)
-            if stored is None:
-                error: DispatchError = DispatchUncertainError(its, str(exc))
-                self._mailbox.answer(append.promise.reject, error)
-            elif stored.issuperset(its):
-                self._mailbox.answer(append.promise.resolve, turn.firsts)
-            else:
-                error = DispatchError(f"nothing was stored: {exc}")
-                self._mailbox.answer(append.promise.reject, error)
-
-    def _stored(self, ids: Sequence[str]) -> set[str] | None:
+        left = Turn(appends=[replace(append, again=True) for append in turn.appends])
+        turn.appends, turn.outcomes = [], []
         deadline = monotonic() + UNCERTAIN_SECONDS
-        while monotonic() < deadline:
+        while left.appends and monotonic() < deadline:
             try:
-                with self._database.transaction() as tx:
-                    return log.decided_ids(tx, ids)
-            except (StoreUnavailableError, SQLAlchemyError):
+                self._ensure_decided(left)
+                self._do(left)
+            except (QueueError, SQLAlchemyError):
                 sleep(RECONNECT_SECONDS / 5)
-        return None
+        for append in left.appends:
+            ids = [envelope.id for envelope in append.envelopes]
+            self._mailbox.answer(append.promise.reject, DispatchUncertainError(ids, str(exc)))
+
+    def _ensure_decided(self, turn: Turn) -> None:
+        """Raise where a transaction is open that stores any of these: who does so would wait."""
+        ids = [envelope.id for append in turn.appends for envelope in append.envelopes]
+        with self._database.transaction() as tx:
+            log.ensure_decided(tx, ids)
 
     def _say(self, level: int, text: str, *args: Any) -> None:
         self._mailbox.answer(self._say_on_hub, level, text, *args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from datetime import timedelta
 from time import monotonic
 
 import eventlet
@@ -21,10 +22,12 @@ from shared.settings import load_settings
 from shared.testing.servers import MariaDBServer
 from tests.faults import faults
 from tests.faults.proxy import Proxy
-from tests.flow.conftest import Flow
+from tests.flow.conftest import BACKENDS, Flow
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow
+
+RECORDER = "tests.flow.apps.recorder"
 
 
 @pytest.fixture
@@ -61,6 +64,27 @@ def test_a_commit_on_its_way_is_not_taken_for_none(proxied):
     assert total(flow) == 2
 
 
+@pytest.mark.parametrize("provider", ["redis", "rabbitmq"])
+def test_a_transaction_on_its_way_with_its_commit_is_stored_once(
+    request, tmp_path, provider, mariadb_server
+):
+    """P1: the server has nothing of it yet while it is looked for, and gets all of it then."""
+    proxy = Proxy(mariadb_server.port)
+    request.addfinalizer(proxy.close)
+    flow = Flow(tmp_path, {**BACKENDS[provider](request), "DB_PORT": str(proxy.port)})
+    request.addfinalizer(flow.close)
+    flow.run(RECORDER, DB_PORT=str(mariadb_server.port))
+    flow.wait_for_status(flow.send("thing.happened", {"n": 1}), "completed")
+    with proxy.catching(b"COMMIT", "to_server"):
+        second = eventlet.spawn(flow.send, "thing.happened", {"n": 2})
+        wait_until(proxy.is_holding, 5, "the COMMIT")
+    message_id = second.wait()
+
+    flow.wait_for_status(message_id, "completed")
+    assert total(flow) == 2
+    assert len(flow.effects.all(n=2, handler="first", what="ran")) == 1
+
+
 def test_a_commit_that_stays_on_its_way_is_uncertain(proxied, monkeypatch):
     monkeypatch.setattr(pump, "UNCERTAIN_SECONDS", 0.5)
     flow, proxy = proxied
@@ -73,6 +97,23 @@ def test_a_commit_that_stays_on_its_way_is_uncertain(proxied, monkeypatch):
 
     wait_until(lambda: total(flow) == 2, 5, "the COMMIT to arrive")
     assert flow.message(raised.value.message_ids[0])["payload"] == {"n": 2}
+
+
+def test_what_has_a_time_does_not_come_sooner_for_a_slow_network(
+    mariadb_log, mariadb_server: MariaDBServer
+):
+    """P6, given a database's time that is old when it is heard, and reckoned on."""
+    proxy = Proxy(mariadb_server.port)
+    its = Database(database_url(load_settings({**mariadb_log, "DB_PORT": str(proxy.port)})), sleep)
+    with proxy.delayed(0.1), its.transaction():
+        pass
+    [[now]] = mariadb_server.execute("SELECT UTC_TIMESTAMP(3)")
+
+    with its.transaction(reckons=True) as tx:
+        assert tx.later(10) >= now + timedelta(seconds=10)
+        assert tx.now <= tx.later(0) - timedelta(seconds=0.1)
+    its.close()
+    proxy.close()
 
 
 def test_a_frozen_server_holds_up_a_dispatch_for_seconds_only(
