@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -222,6 +222,7 @@ class ApartPump(Pump):
             lambda: self.elsewhere(),
         )
         self._is_prepared = not self._is_moving
+        self._setbacks = 0
         self._thread = Thread(self._carrier.run, "queue-carrier")
 
     def run(self) -> None:
@@ -325,6 +326,7 @@ class ApartPump(Pump):
 
     def _take_unpublished(self, report: Unpublished) -> None:
         self._is_sweeping &= not report.is_backlog
+        self._setbacks = report.setbacks
         self._reports.unpublished += report.deliveries
         self._note_alone(report.deliveries)
         self._has_backlog = True
@@ -434,6 +436,8 @@ class ApartPump(Pump):
         try:
             self._database.run(partial(self._all_steps, full), durable=bool(turn.appends))
         except CommitUncertainError as exc:
+            # perhaps they are taken, and nobody else will publish them for long
+            reports.unpublished += full.taken
             self._reports = reports
             self._resolve_uncertain(full, exc)
         except BaseException:
@@ -596,7 +600,7 @@ class ApartPump(Pump):
 
     def _publish(self, turn: ApartTurn) -> None:
         if turn.new and self._is_direct:
-            self._carrier.inbox.send_quietly(Publish(turn.new))
+            self._carrier.inbox.send_quietly(Publish(turn.new, setbacks=self._setbacks))
             # in this order: it is awake, or will look once more before it sleeps for long
             if not self._carrier.is_gathering:
                 self._carrier.inbox.ring()
@@ -604,6 +608,11 @@ class ApartPump(Pump):
             self._note_alone(turn.new)
         if turn.has_sweep:
             self._relay(turn)
+
+    def _take_back(self, tx: Transaction, message_ids: Sequence[str]) -> None:
+        backlog.take_back(tx, message_ids)
+        self._alone |= dict.fromkeys(message_ids[: MOST_ALONE - len(self._alone)])
+        self._has_backlog, self._sweep_at = True, 0.0
 
     def _relay(self, turn: ApartTurn) -> None:
         for each in turn.asked:

@@ -115,6 +115,7 @@ class Carrier:
         self._credits: Mapping[int, Credit] = {}
         self._used: dict[int, int] = {}
         self._unpublished: list[Publish] = []
+        self._setbacks = 0
         self._unsettled: list[Settlement] = []
         self._forgotten: list[Subscription] = []
         self._connected = False
@@ -215,7 +216,10 @@ class Carrier:
             self._report_unpublished()
 
     def _take_publish(self, command: Publish) -> None:
-        self._unpublished.append(command)
+        if command.setbacks in (None, self._setbacks):
+            self._unpublished.append(command)
+        else:
+            self._give_back([command])
 
     def _take_declare(self, command: Declare) -> None:
         self._mine, self._workers = list(command.subscriptions), command.workers
@@ -351,7 +355,11 @@ class Carrier:
     def _report_unpublished(self) -> None:
         new, self._unpublished = self._unpublished, []
         if new:
-            self._report(Unpublished(_all(new), _has_backlog(new)))
+            self._give_back(new)
+
+    def _give_back(self, new: list[Publish]) -> None:
+        self._setbacks += 1
+        self._report(Unpublished(_all(new), _has_backlog(new), self._setbacks))
 
     def _settle(self) -> None:
         if self._unsettled:

@@ -74,10 +74,15 @@ class Finish:
 
 @dataclass(slots=True)
 class Publish:
-    """Publish these, and say whether it went well."""
+    """Publish these, and say whether it went well.
+
+    ``setbacks`` says of how many :class:`Unpublished` was known when this was decided: what came
+    of a later one is older, and has to be published before these.
+    """
 
     deliveries: list[Delivery]
     is_backlog: bool = False
+    setbacks: int | None = None
 
 
 @dataclass(slots=True)
@@ -192,10 +197,11 @@ class Refused:
 
 @dataclass(slots=True)
 class Unpublished:
-    """The provider may not have these."""
+    """The provider may not have these. ``setbacks`` counts how often that was said."""
 
     deliveries: list[Delivery]
     is_backlog: bool
+    setbacks: int
 
 
 @dataclass(slots=True)

@@ -394,7 +394,7 @@ class Pump(ABC):
         deadline = monotonic() + UNCERTAIN_SECONDS
         while left.appends and monotonic() < deadline:
             try:
-                self._ensure_decided(left)
+                self._decide(left)
                 self._do(left)
             except (QueueError, SQLAlchemyError):
                 sleep(RECONNECT_SECONDS / 5)
@@ -402,11 +402,15 @@ class Pump(ABC):
             ids = [envelope.id for envelope in append.envelopes]
             self._mailbox.answer(append.promise.reject, DispatchUncertainError(ids, str(exc)))
 
-    def _ensure_decided(self, turn: Turn) -> None:
-        """Raise where a transaction is open that stores any of these: who does so would wait."""
+    def _decide(self, turn: Turn) -> None:
+        """Take up what is stored of these; raise where a transaction is open that stores any."""
         ids = [envelope.id for append in turn.appends for envelope in append.envelopes]
         with self._database.transaction() as tx:
             log.ensure_decided(tx, ids)
+            self._take_back(tx, ids)
+
+    def _take_back(self, tx: Transaction, message_ids: Sequence[str]) -> None:  # noqa: B027
+        """See to it that what was to be handed over next, when its COMMIT was lost, is so soon."""
 
     def _say(self, level: int, text: str, *args: Any) -> None:
         self._mailbox.answer(self._say_on_hub, level, text, *args)

@@ -75,6 +75,11 @@ _GIVE_BACK = Prepared(
     .where(c.seq.in_(_SEQS), _IS_WAITING)
     .values(lease_expires_at=None, ready=True, provider=None)
 )
+_TAKE_BACK = Prepared(
+    update(deliveries)
+    .where(c.message_id.in_(_IDS), _IS_WAITING, c.lease_expires_at.is_not(None))
+    .values(lease_expires_at=None, ready=True)
+)
 _SUBSCRIPTIONS = Prepared(select(subscriptions.c.id))
 _EXPIRED = Prepared(
     select(c.seq, c.status)
@@ -187,6 +192,11 @@ def give_back(tx: Transaction, deliveries: Sequence[Delivery]) -> None:
         _GIVE_BACK.change(tx, {"seqs": seqs})
     if alone:
         _UNMARK.change(tx, {"ids": alone})
+
+
+def take_back(tx: Transaction, message_ids: Sequence[str]) -> None:
+    """Have what is in the hands of who stored these messages published by who comes first."""
+    _TAKE_BACK.change(tx, {"ids": message_ids})
 
 
 def _parted(deliveries: Sequence[Delivery]) -> tuple[list[int], list[str]]:

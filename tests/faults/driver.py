@@ -84,9 +84,9 @@ def run(
         for steps in [*always(possible, killed), *plan(possible, seed, faults)]:
             say("; ".join(map(str, steps)))
             before = len(Record(world.record).raised)
-            _do(world, steps)
+            break_together(world, steps)
             done.faults.update(step.fault.name for step in steps)
-            done.slowest_recovery = max(done.slowest_recovery, _recover(world))
+            done.slowest_recovery = max(done.slowest_recovery, recover(world))
             is_of_broker = all(step.fault.is_of_broker for step in steps)
             # what the round before broke may be felt for a while
             if is_of_broker and was_of_broker:
@@ -101,7 +101,7 @@ def run(
     return done
 
 
-def _do(world: World, steps: list[Step]) -> None:
+def break_together(world: World, steps: list[Step]) -> None:
     began = time.monotonic()
     with ThreadPoolExecutor(len(steps)) as pool:
         for each in [pool.submit(_do_one, step, began) for step in steps]:
@@ -114,7 +114,7 @@ def _do_one(step: Step, began: float) -> None:
         eventlet.sleep(step.seconds)
 
 
-def _recover(world: World) -> float:
+def recover(world: World) -> float:
     """Wait until handlers run again; return how many seconds it took."""
     began, before = time.monotonic(), world.handled()
     wait_until(

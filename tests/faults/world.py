@@ -142,7 +142,8 @@ class World:
         ports = {PORTS[type(self.servers[x])]: str(proxy.port) for x, proxy in proxies.items()}
         # where there is no server the clock of the host decides
         clock = {} if self.servers else self.clock.environment
-        process = self.flow.run(service, wait=False, **ports, **clock)
+        config = ("--config", "config.yml")  # what nameko itself is to know
+        process = self.flow.run(service, wait=False, arguments=config, **ports, **clock)
         self.members.append(Member(name, process, proxies))
 
 

@@ -10,9 +10,10 @@ from unittest.mock import Mock
 
 import pytest
 
+from shared.database import CommitUncertainError
 from shared.errors import StoreUnavailableError
 from shared.events.apart import ApartPump
-from shared.events.commands import Append, Published, Reserved, Settle
+from shared.events.commands import Append, Publish, Published, Reserved, Settle
 from shared.native import Mailbox, Promise
 from shared.providers import Capabilities
 from shared.settings import load_settings
@@ -134,6 +135,33 @@ class TestOutcomes:
         pump._do_together_or_singly(turn)
 
         assert statuses(store, outcomes) == ["completed", "completed"]
+
+
+class TestBacklog:
+    def test_that_was_taken_perhaps_is_given_back(
+        self, store: Log, broker_pump: ApartPump, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Given a COMMIT whose answer is lost: nobody else would publish it for long."""
+        store.subscribe()
+        [delivery] = store.do(log.append, [event()], 3, handover=Handover(is_open=True))
+        broker_pump._is_up = True
+        run = broker_pump._database.run
+
+        def lose_one_answer(*args: Any, **options: Any) -> None:
+            monkeypatch.setattr(broker_pump._database, "run", run)
+            run(*args, **options)
+            raise CommitUncertainError("lost")
+
+        monkeypatch.setattr(broker_pump._database, "run", lose_one_answer)
+        broker_pump._turn()
+        assert not store.delivery(delivery.seq).ready
+
+        broker_pump._turn()
+        broker_pump._turn()
+
+        told = [call.args[0] for call in broker_pump._tell.call_args_list]  # type: ignore[attr-defined]
+        published = [x.seq for each in told if isinstance(each, Publish) for x in each.deliveries]
+        assert published == [delivery.seq]
 
 
 class TestLimits:

@@ -7,9 +7,10 @@ from unittest.mock import Mock
 
 import pytest
 
+from shared.errors import ProviderUnavailableError
 from shared.events import carrier as module
-from shared.events.carrier import GATHER_SECONDS, Carrier
-from shared.events.commands import Allow, Allowed, Credit, Declare, Publish
+from shared.events.carrier import GATHER_SECONDS, RECONNECT_SECONDS, Carrier
+from shared.events.commands import Allow, Allowed, Credit, Declare, Publish, Unpublished
 from shared.settings import load_settings
 from shared.types import Delivery, Lease, Subscription
 from tests.unit.message_log import event
@@ -66,6 +67,30 @@ class TestGathering:
         publish(carrier)
         carrier._wait()
         assert provider.wait.called
+
+
+class TestOrder:
+    def test_what_was_decided_before_a_setback_was_known_waits_for_what_came_back(
+        self, carrier: Carrier, provider: Any, clock: list[float]
+    ) -> None:
+        """Given a pump that heard so late that the broker is there again by then."""
+        report = carrier._report = Mock()
+        provider.publish.side_effect = ProviderUnavailableError("gone")
+        [older] = publish(carrier)
+        provider.publish.side_effect = None
+        clock[0] += RECONNECT_SECONDS
+        carrier._turn()
+        newer, newest = Delivery(2, 1, event()), Delivery(3, 1, event())
+
+        carrier.inbox.send(Publish([newer], setbacks=0))
+        carrier._turn()
+        carrier.inbox.send(Publish([newest], setbacks=2))
+        carrier._turn()
+
+        said = [call.args[0] for call in report.call_args_list]
+        back = [(each.deliveries, each.setbacks) for each in said if isinstance(each, Unpublished)]
+        assert back == [([older], 1), ([newer], 2)]
+        assert provider.publish.call_args.args == ([newest],)
 
 
 class TestLimits:

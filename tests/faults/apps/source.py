@@ -35,6 +35,9 @@ BOOKED_RETRIES = 100
 
 PAUSE_SECONDS = float(os.environ.get("PAUSE_SECONDS", "0.1"))
 
+TROUBLES = os.environ.get("TROUBLES", "yes") == "yes"
+"""Whether handlers are told to fail, or to take long."""
+
 
 def append(path: str, **line: Any) -> None:
     """Append a line in one piece, which is there even when the process is killed next."""
@@ -132,7 +135,7 @@ def _events(count: int) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
 
 def _payload(options: dict[str, Any]) -> dict[str, Any]:
     payload: dict[str, Any] = {"n": uuid.uuid4().hex, "delay": options.get("delay", 0)}
-    kind = random.random()
+    kind = random.random() if TROUBLES else 1
     if kind < 0.1:
         # one more than it is tried: a dead letter
         payload["fail"] = random.choice([1, 1, 2, 3, 9])
