@@ -11,7 +11,8 @@ from pathlib import Path
 from tests.support.processes import ROOT
 
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], key=lambda path: str(path.relative_to(ROOT))
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/operations/*.md")],
+    key=lambda path: str(path.relative_to(ROOT)),
 )
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

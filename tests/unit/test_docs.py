@@ -91,9 +91,13 @@ class TestDocuments:
                 linked = name_of(file.resolve())
                 assert fragment in anchors(linked), target
 
-    def test_are_all_linked_from_the_readme(self) -> None:
+    def test_are_all_linked_from_the_readme_or_the_index_of_operations(self) -> None:
+        pages = {name for name in NAMES if name.startswith("docs/operations/")}
         linked = set(re.findall(r"\]\(([\w/.-]+\.md)\)", prose("README.md")))
-        assert linked == set(NAMES) - {"README.md"}
+        assert linked == set(NAMES) - pages - {"README.md"}
+        index = table_rows("docs/operations.md", "You want to")
+        targets = [row[1].partition("](")[2].rstrip(")") for row in index]
+        assert pages == {f"docs/{target}" for target in targets if "/" in target}
 
     @pytest.mark.parametrize("name", NAMES)
     def test_name_variables_that_are_read(self, name: str) -> None:
@@ -242,7 +246,7 @@ class TestArchitecture:
         named = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
         assert sorted(named) == sorted(column.name for column in deliveries.columns)
 
-    @pytest.mark.parametrize("name", ["ARCHITECTURE.md", "docs/operations.md"])
+    @pytest.mark.parametrize("name", ["ARCHITECTURE.md", "docs/operations/message-log.md"])
     def test_lists_the_tables_of_the_log(self, name: str) -> None:
         listed = {row[0].strip("`") for row in table_rows(name, "Table")}
         assert listed - {"queue_version"} == set(metadata.tables)
@@ -323,7 +327,7 @@ class TestEvents:
     def test_name_the_time_that_a_key_is_kept(self) -> None:
         hours = f"{DEDUPE_SECONDS // 3600} hours"
         assert f"for {hours} from the first dispatch" in read("docs/events.md").replace("\n", " ")
-        assert f"For {hours} the same key" in read("docs/operations.md")
+        assert f"For {hours} the same key" in read("docs/operations/publishing.md")
 
 
 class TestRpc:
@@ -352,7 +356,7 @@ class TestServices:
     def test_have_the_routes_that_are_listed(self) -> None:
         rows = [
             *table_rows("docs/services.md", "Route"),
-            *table_rows("docs/operations.md", "Route"),
+            *table_rows("docs/operations/http.md", "Route"),
         ]
         listed = sorted(row[0].strip("`") for row in rows)
         served = [
@@ -387,13 +391,14 @@ class TestServices:
             )
         listed = {
             (row[0], row[1].removeprefix("`/problems/").rstrip("`"))
-            for name in ("docs/operations.md", "docs/services.md")
+            for name in ("docs/operations/http.md", "docs/services.md")
             for row in table_rows(name, "Status")
         }
         in_text = {("400", "bad-request"), ("404", "user-not-found")}
         assert listed | in_text == raised
         for _, slug in in_text:
-            assert f"`/problems/{slug}`" in read("docs/operations.md") + read("docs/services.md")
+            text = read("docs/operations/http.md") + read("docs/services.md")
+            assert f"`/problems/{slug}`" in text
 
     def entrypoints(self) -> Iterator[Any]:
         for name in self.SERVICES:
