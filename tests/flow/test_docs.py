@@ -331,6 +331,7 @@ class TestReadme:
         reader.play("README.md", start="# hello.py", stop=self.RETRY)
         hello = reader.processes[0]
         hello.wait_for("packing tea")
+        hello.wait_for("packing coffee")
         message_id = reader.env["ID"]
         message = reader.wait_for_status(message_id, "failed")
         assert message["deliveries"][0]["errorType"] == "KeyError"
