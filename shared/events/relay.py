@@ -67,7 +67,8 @@ class Relay:
             try:
                 moved = self.sweep()
             except (DispatchError, SQLAlchemyError) as exc:
-                _log.warning("the outbox waits: %s", exc)
+                # the driver's own words: SQLAlchemy adds the statement and all its parameters
+                _log.warning("the outbox waits: %s", getattr(exc, "orig", None) or exc)
                 moved = 0
             except Exception:
                 # raised from a managed thread, it would end the service
