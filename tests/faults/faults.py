@@ -334,7 +334,8 @@ def _limit(process: NamekoProcess, size: int) -> None:
 @contextlib.contextmanager
 def held(path: str, begin: str) -> Iterator[None]:
     """As another program would that was frozen in a transaction."""
-    with closing(sqlite3.connect(path, isolation_level=None, timeout=30)) as connection:
+    # who has it may be frozen, or held up itself
+    with closing(sqlite3.connect(path, isolation_level=None, timeout=120)) as connection:
         connection.execute(begin)
         connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
         yield
