@@ -39,7 +39,8 @@ class QueueAdminService(
     def metrics(self, request: Request) -> Response:
         """Tell Prometheus what the message log holds, and whether its servers answer."""
         provider = self.queue.client.settings.provider
-        registry = log_registry(provider, *self.queue.gauges(), self.audited)
+        is_up, gauges, draining = self.queue.gauges()
+        registry = log_registry(provider, is_up, gauges, self.audited, draining)
         text, content_type = exposed(registry, request.headers.get("Accept"))
         return Response(text, content_type=content_type)
 

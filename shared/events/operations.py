@@ -24,7 +24,7 @@ from shared.observe.traces import Dispatching
 from shared.providers import QueueProvider
 from shared.settings import Settings, refuse_start, settings_or_exit
 from shared.store import moving, queries, repair
-from shared.store.gauges import LogGauges, log_gauges
+from shared.store.gauges import DrainGauges, LogGauges, log_gauges
 from shared.store.log import Handover
 from shared.types import Dedupe, Delivery, Envelope, Subscription
 
@@ -205,16 +205,18 @@ class QueueService(DependencyProvider, Publisher):
         retried: int = self.client.call(retry)
         return retried
 
-    def gauges(self) -> tuple[bool, LogGauges | None]:
+    def gauges(self) -> tuple[bool, LogGauges | None, DrainGauges | None]:
         """Say whether the provider answers, and count what the message log holds.
 
-        :returns: ``None`` for the counts when the database does not answer.
+        :returns: ``None`` for the counts when the database does not answer; and what the provider
+            still has that is moved away from, if any is.
         """
         try:
             counted = self.reader.read(log_gauges, self.client.joins_log)
+            draining = self._draining()
         except StoreUnavailableError:
-            counted = None
-        return self.client.health(), counted
+            counted = draining = None
+        return self.client.health(), counted, draining
 
     def health(self) -> dict[str, Any]:
         """Say what works: provider, database, and whether waiting work has consumers."""
@@ -224,7 +226,7 @@ class QueueService(DependencyProvider, Publisher):
         except StoreUnavailableError:
             silent, is_database_up = [], False
         is_provider_up = self.client.health()
-        draining = self._draining() if is_database_up else None
+        draining = self._draining_shown() if is_database_up else None
         is_well = is_database_up and is_provider_up and not silent
         is_well = is_well and (draining is None or draining["status"] == "up")
         shown = {
@@ -238,16 +240,21 @@ class QueueService(DependencyProvider, Publisher):
         }
         return shown if draining is None else {**shown, "draining": draining}
 
-    def _draining(self) -> dict[str, Any] | None:
+    def _draining_shown(self) -> dict[str, Any] | None:
+        found = self._draining()
+        if found is None:
+            return None
+        status = "down" if found.left is None else "up"
+        return {"name": found.provider, "status": status, "left": found.left}
+
+    def _draining(self) -> DrainGauges | None:
         """Say what the provider still has that is moved away from, if any is."""
         settings = self.client.settings
         if not settings.drain:
             return None
         mine, in_log = self.reader.read(moving.seen, route_of(settings))
         left = self.client.left(mine)
-        status = "down" if left is None else "up"
-        left = None if left is None else left + in_log
-        return {"name": settings.drain, "status": status, "left": left}
+        return DrainGauges(settings.drain, None if left is None else left + in_log)
 
 
 class HubTimer(DependencyProvider):

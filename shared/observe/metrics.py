@@ -25,7 +25,8 @@ from prometheus_client.exposition import choose_encoder
 
 from shared.lifecycle import DeliveryStatus, MessageStatus
 from shared.observe.counts import AuditCounts, Histogram, ServiceCounts
-from shared.store.gauges import LogGauges, SubscriptionGauges
+from shared.store.gauges import DrainGauges, LogGauges, SubscriptionGauges
+from shared.store.ramps import RampStatus
 from shared.types import Subscription
 
 PREFIX = "nameko_queue_"
@@ -163,15 +164,20 @@ def _add_histogram(
 
 
 def log_registry(
-    provider: str, is_up: bool, gauges: LogGauges | None, audited: AuditCounts | None
+    provider: str,
+    is_up: bool,
+    gauges: LogGauges | None,
+    audited: AuditCounts | None,
+    draining: DrainGauges | None = None,
 ) -> CollectorRegistry:
     """Return the metrics of the message log.
 
     :param gauges: ``None`` says that its database does not answer.
     :param audited: ``None`` says that this process makes no audits.
+    :param draining: ``None`` says that no provider is moved away from.
     """
     registry = CollectorRegistry()
-    registry.register(_Collector(lambda: log_metrics(provider, is_up, gauges)))
+    registry.register(_Collector(lambda: log_metrics(provider, is_up, gauges, draining)))
     if audited is not None:
         registry.register(_Collector(lambda: audit_metrics(audited)))
     return registry
@@ -199,10 +205,15 @@ def audit_metrics(audited: AuditCounts) -> Iterator[Metric]:
     yield repaired
 
 
-def log_metrics(provider: str, is_up: bool, gauges: LogGauges | None) -> Iterator[Metric]:
+def log_metrics(
+    provider: str, is_up: bool, gauges: LogGauges | None, draining: DrainGauges | None = None
+) -> Iterator[Metric]:
     """Yield the metrics of the message log."""
     up = _gauge("provider_up", "Whether the provider answers: 1 or 0.", ("provider",))
     up.add_metric((provider,), int(is_up))
+    if draining is not None:
+        up.add_metric((draining.provider,), int(draining.left is not None))
+        yield from _drain(draining)
     yield up
     database = _gauge("database_up", "Whether the message log's database answers: 1 or 0.")
     database.add_metric((), int(gauges is not None))
@@ -224,6 +235,42 @@ def log_metrics(provider: str, is_up: bool, gauges: LogGauges | None) -> Iterato
     yield lag
     yield _deliveries(gauges.subscriptions)
     yield from _of_subscriptions(gauges.subscriptions)
+    yield from _schedules_and_ramps(gauges)
+
+
+def _drain(draining: DrainGauges) -> Iterator[Metric]:
+    drains = _gauge(
+        "draining", "A provider that is moved away from: always 1.", labels=("provider",)
+    )
+    drains.add_metric((draining.provider,), 1)
+    yield drains
+    left = _gauge(
+        "draining_deliveries",
+        "Deliveries that the provider still has that is moved away from.",
+        ("provider",),
+    )
+    if draining.left is not None:
+        left.add_metric((draining.provider,), draining.left)
+    yield left
+
+
+def _schedules_and_ramps(gauges: LogGauges) -> Iterator[Metric]:
+    failing = _gauge(
+        "schedule_failing",
+        "Whether the schedule's last occurrence could not be dispatched: 1 or 0.",
+        ("schedule", "queue", "message_type"),
+    )
+    for each in gauges.schedules:
+        failing.add_metric((each.name, each.queue, each.event_type), int(each.is_failing))
+    yield failing
+    ramps = _gauge(
+        "ramps",
+        "Ramps of dead letters, by status; stopped ones failed as before.",
+        ("status",),
+    )
+    for status in RampStatus:
+        ramps.add_metric((status,), gauges.ramps.get(status, 0))
+    yield ramps
 
 
 def _deliveries(subscriptions: Sequence[SubscriptionGauges]) -> Metric:
@@ -259,6 +306,11 @@ _OF_SUBSCRIPTION: Sequence[tuple[str, str, Callable[[SubscriptionGauges], float]
         "consumer_silent",
         "Whether work is due and no consumer is live, as health says: 1 or 0.",
         lambda x: x.is_silent,
+    ),
+    (
+        "limited_deliveries",
+        "Deliveries that are due and wait for a limit of their subscription.",
+        lambda x: x.held_back,
     ),
     ("paused", "Whether the subscription is paused: 1 or 0.", lambda x: x.is_paused),
 )

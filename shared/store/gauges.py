@@ -9,20 +9,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Select, and_, func, literal_column, or_, select, true
 
 from shared.database import seconds_between, utc_now
 from shared.lifecycle import WAITING, DeliveryStatus
+from shared.store import limits
 from shared.store.subscriptions import SILENT_AFTER_SECONDS
 from shared.tables import (
     SUBSCRIPTION_COLUMNS,
     attempts,
     deliveries,
     messages,
+    ramps,
+    schedules,
     subscription_of,
     subscriptions,
 )
@@ -47,6 +50,7 @@ class SubscriptionGauges:
     :param waiting: how many of them are due and in nobody's hands.
     :param oldest_waiting: seconds for which the oldest of these is due.
     :param is_live: whether a consumer signed for it lately.
+    :param is_limited: whether its limits let nothing more begin at this moment.
     """
 
     subscription: Subscription
@@ -55,11 +59,30 @@ class SubscriptionGauges:
     oldest_waiting: float
     is_live: bool
     is_paused: bool
+    is_limited: bool = False
+
+    @property
+    def held_back(self) -> int:
+        """How many wait for nothing but a limit."""
+        return self.waiting if self.is_limited and not self.is_paused else 0
 
     @property
     def is_silent(self) -> bool:
         """Whether work is due, and nobody there who would do it."""
         return self.waiting > 0 and not self.is_live and not self.is_paused
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleGauges:
+    """One schedule.
+
+    :param is_failing: whether its last occurrence could not be dispatched; not while it is paused.
+    """
+
+    name: str
+    queue: str
+    event_type: str
+    is_failing: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +92,24 @@ class LogGauges:
     :param messages: how many there are, by queue and status.
     :param relay_lag: by queue, the seconds for which the oldest delivery waits to be
         published.
+    :param ramps: how many there are, by status.
     """
 
     messages: Mapping[tuple[str, str], int]
     subscriptions: Sequence[SubscriptionGauges]
     relay_lag: Mapping[str, float]
+    schedules: Sequence[ScheduleGauges] = field(default_factory=list)
+    ramps: Mapping[str, int] = field(default_factory=dict)
+
+
+class DrainGauges(NamedTuple):
+    """The provider that is moved away from, where one is.
+
+    :param left: how many deliveries it still has; ``None`` when it does not answer.
+    """
+
+    provider: str
+    left: int | None
 
 
 def log_gauges(connection: Connection, joins_log: bool) -> LogGauges:
@@ -86,7 +122,9 @@ def log_gauges(connection: Connection, joins_log: bool) -> LogGauges:
     lag = dict.fromkeys((each.subscription.queue for each in found), 0.0)
     if not joins_log:
         lag |= _relay_lag(connection, [each.subscription.id for each in found], now)
-    return LogGauges(_messages(connection), found, lag)
+    return LogGauges(
+        _messages(connection), found, lag, schedule_gauges(connection), _ramps(connection)
+    )
 
 
 def subscription_gauges(connection: Connection, now: datetime) -> list[SubscriptionGauges]:
@@ -95,6 +133,8 @@ def subscription_gauges(connection: Connection, now: datetime) -> list[Subscript
     ids = [row.id for row in rows]
     by_status = _by_status(connection, ids)
     waiting = _waiting(connection, ids, now)
+    limited = limits.usages(connection, ids, now)
+    reached = {each for each, its in limited.items() if its.is_full or its.is_spent}
     return [
         SubscriptionGauges(
             subscription_of(row),
@@ -102,6 +142,7 @@ def subscription_gauges(connection: Connection, now: datetime) -> list[Subscript
             *waiting.get(row.id, (0, 0.0)),
             is_live=row.silence is not None and row.silence <= SILENT_AFTER_SECONDS,
             is_paused=row.paused_at is not None,
+            is_limited=row.id in reached,
         )
         for row in rows
     ]
@@ -111,6 +152,23 @@ def _subscriptions(connection: Connection, now: datetime) -> Select[Any]:
     silence = seconds_between(connection, s.seen_at, now).label("silence")
     columns = (*SUBSCRIPTION_COLUMNS, s.paused_at, silence)
     return select(*columns).where(s.retired_at.is_(None)).order_by(s.id)
+
+
+def schedule_gauges(connection: Connection) -> list[ScheduleGauges]:
+    """Tell of each schedule, by name, whether it fails."""
+    x = schedules.c
+    columns = x.name, x.queue_name, x.message_type, x.enabled, x.error_at
+    return [
+        ScheduleGauges(name, queue, event_type, bool(enabled) and error_at is not None)
+        for name, queue, event_type, enabled, error_at in connection.execute(
+            select(*columns).order_by(x.name)
+        )
+    ]
+
+
+def _ramps(connection: Connection) -> dict[str, int]:
+    counted = select(ramps.c.status, func.count().label("number")).group_by(ramps.c.status)
+    return {row.status: row.number for row in connection.execute(counted)}
 
 
 def _messages(connection: Connection) -> dict[tuple[str, str], int]:

@@ -11,7 +11,7 @@ burst.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -325,16 +325,36 @@ class Usage(NamedTuple):
     available: float
     """How many may begin now, by the rate."""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as many are in hand as may be."""
+        return self.limits.concurrency is not None and self.held >= self.limits.concurrency
 
-def usage(connection: Connection, subscription_id: int, now: datetime) -> Usage | None:
-    """Return how far the limits of a subscription are used up; ``None`` when it has none."""
-    row = connection.execute(select(limits).where(m.subscription_id == subscription_id)).first()
-    if row is None:
-        return None
-    its = connection.execute(
-        select(p.held, p.spare).where(p.subscription_id == subscription_id, p.expires_at > now)
-    ).all()
-    found = Limits(row.concurrency, row.rate, row.burst)
-    tokens = min(_filled(now, row)[0], found.depth)
-    spare = sum(each.spare for each in its)
-    return Usage(found, sum(each.held for each in its), tokens + spare)
+    @property
+    def is_spent(self) -> bool:
+        """Whether no attempt may begin now, by the rate."""
+        return self.limits.rate is not None and self.available < 1
+
+
+def usages(
+    connection: Connection, subscription_ids: Sequence[int], now: datetime
+) -> dict[int, Usage]:
+    """Return how far the limits of those of these subscriptions are used up that have any."""
+    rows = connection.execute(select(limits).where(m.subscription_id.in_(subscription_ids))).all()
+    if not rows:
+        return {}
+    ids = [row.subscription_id for row in rows]
+    held: Counter[int] = Counter()
+    spare: Counter[int] = Counter()
+    for its in connection.execute(
+        select(permits).where(p.subscription_id.in_(ids), p.expires_at > now)
+    ):
+        held[its.subscription_id] += its.held
+        spare[its.subscription_id] += its.spare
+    found = {}
+    for row in rows:
+        its_limits = Limits(row.concurrency, row.rate, row.burst)
+        tokens = min(_filled(now, row)[0], its_limits.depth)
+        its_id = row.subscription_id
+        found[its_id] = Usage(its_limits, held[its_id], tokens + spare[its_id])
+    return found

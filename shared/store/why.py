@@ -180,14 +180,15 @@ def _unconsumed(case: Case) -> Finding | None:
 
 
 def _limited(case: Case) -> Finding | None:
-    found = limits.usage(case.connection, case.row.subscription_id, case.now)
+    its_id = case.row.subscription_id
+    found = limits.usages(case.connection, [its_id], case.now).get(its_id)
     if found is None:
         return None
     its = found.limits
-    if its.concurrency is not None and found.held >= its.concurrency:
+    if found.is_full:
         reason = "concurrency-limited"
         said = f"Limited to {its.concurrency} at once, and workers have {found.held} in hand"
-    elif its.rate is not None and found.available < 1:
+    elif found.is_spent:
         reason, said = "rate-limited", f"Rate-limited to {its.rate:g}/s"
     else:
         return None

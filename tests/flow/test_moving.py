@@ -250,9 +250,16 @@ def test_what_is_left_is_seen_and_not_taken_for_lost(flow_on, servers):
     expected = {"name": "redis", "status": "up", "left": 20}
     wait_until(lambda: draining() == expected, 20, lambda: str(draining()))
 
-    def balanced():
+    def metric(name, **labels):
         told = parsed(requests.get(f"http://{address}/metrics", timeout=10).text)
-        return value(told, "audits_total", result="balanced") or 0
+        return value(told, name, **labels)
+
+    def balanced():
+        return metric("audits_total", result="balanced") or 0
+
+    assert metric("draining", provider="redis") == 1
+    assert metric("draining_deliveries", provider="redis") == 20
+    assert metric("provider_up", provider="redis") == metric("provider_up", provider="rabbitmq")
 
     # what is due within seconds no audit misses
     wait_until(lambda: balanced() >= 5, 20, process.output, every=0.1)

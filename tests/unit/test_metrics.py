@@ -15,6 +15,7 @@ from sqlalchemy import update
 
 from shared.errors import DispatchError, DispatchRefusedError
 from shared.events import EventDispatcher
+from shared.events.direct import DirectClient, DirectSchedules
 from shared.events.relay import Relay
 from shared.lifecycle import DeliveryStatus
 from shared.observe import endpoint as endpoint_module
@@ -28,10 +29,14 @@ from shared.observe.counts import (
 )
 from shared.observe.endpoint import Endpoint
 from shared.observe.metrics import exposed, log_registry, process_registry
-from shared.settings import Address
-from shared.store import attempts, backlog, outbox, queries, subscriptions
-from shared.store.gauges import LogGauges, log_gauges
+from shared.settings import Address, load_settings
+from shared.store import attempts, backlog, limits, outbox, queries, ramps, subscriptions
+from shared.store.gauges import DrainGauges, LogGauges, log_gauges
+from shared.store.limits import Ask, Limits
+from shared.store.ramps import RampStatus
 from shared.tables import deliveries, messages
+from shared.tables import failures as failures_table
+from shared.tables import schedules as schedules_table
 from shared.tables import subscriptions as subscriptions_table
 from shared.testing.servers import free_port
 from shared.types import Delivery, Envelope, Lease, Subscription
@@ -434,6 +439,86 @@ class TestLogGauges:
         [audit] = self.gauges(store).subscriptions
         assert (audit.waiting, audit.deliveries) == (0, {"processing": 1})
 
+    def test_tell_what_waits_for_a_limit(self, store: Log) -> None:
+        """Given one delivery in hand, which is all that may be, and two that wait."""
+        its = store.subscribe()
+        others = store.subscribe("cancelled")
+        first, *_ = store.append(event(), event(), event(), event("cancelled"))
+        store.do(limits.change, its.id, Limits(concurrency=1))
+        store.do(limits.change, others.id, Limits(concurrency=1))
+        store.do(attempts.start, [Lease(first, 1)], "host:1", held_for=30)
+
+        def ask(tx: Any, held: int) -> None:
+            grants = limits.ask(tx, "host:1", [Ask(its.id, held)])
+            limits.keep(tx, "host:1", list(grants.values()), 30)
+
+        store.do(ask, 1)
+        held, free = self.gauges(store).subscriptions
+        assert (held.waiting, held.held_back) == (2, 2)
+        assert (free.waiting, free.held_back) == (1, 0)
+
+        # a pause holds it back as well
+        self.age(store, subscriptions_table, 0, paused_at=None)
+        assert [each.held_back for each in self.gauges(store).subscriptions] == [0, 0]
+        store.do(
+            lambda tx: tx.connection.execute(update(subscriptions_table).values(paused_at=None))
+        )
+        store.do(ask, 0)
+        assert [each.held_back for each in self.gauges(store).subscriptions] == [0, 0]
+
+    def test_tell_what_waits_for_a_rate(self, store: Log) -> None:
+        its = store.subscribe()
+        store.append(event())
+        store.do(limits.change, its.id, Limits(rate=0.001, burst=1))
+        assert [each.held_back for each in self.gauges(store).subscriptions] == [0]
+
+        def take(tx: Any) -> None:
+            grants = limits.ask(tx, "host:1", [Ask(its.id, 0, want=1)])
+            grants[its.id].use(1, 0)
+            limits.keep(tx, "host:1", list(grants.values()), 30)
+
+        store.do(take)
+        assert [each.held_back for each in self.gauges(store).subscriptions] == [1]
+
+    def test_tell_a_schedule_that_fails(self, store: Log) -> None:
+        desk = DirectSchedules(DirectClient(load_settings(store.config)))
+        its = {"queue_name": "orders", "message_type": "placed", "payload": {}, "cron": "0 2 * * *"}
+        for name in ("fails", "paused", "works"):
+            desk.put("ada", name, **its)
+        table = schedules_table.c
+
+        def fail(tx: Any) -> None:
+            failed = {"error": "too long", "error_at": tx.now}
+            tx.connection.execute(
+                update(schedules_table).where(table.name != "works").values(**failed)
+            )
+
+        store.do(fail)
+        desk.pause("ada", "paused")
+        samples = collected(log_registry("redis", True, self.gauges(store), None))
+        labels = {"queue": "orders", "message_type": "placed"}
+        failing = {
+            name: value(samples, "schedule_failing", schedule=name, **labels)
+            for name in ("fails", "paused", "works")
+        }
+        assert failing == {"fails": 1, "paused": 0, "works": 0}
+
+        desk.run("ada", "fails")
+        assert not any(each.is_failing for each in self.gauges(store).schedules)
+        desk.client.close()
+
+    def test_count_ramps_by_status(self, store: Log) -> None:
+        store.subscribe()
+        [dead] = store.append(event())
+        store.attempt(dead, FAILED)
+        [group] = [row.fingerprint for row in store.rows(failures_table)]
+        first = store.do(ramps.start, group, "ada", 10)
+        store.do(ramps.cancel, first, "ada")
+        store.do(ramps.start, group, "ada", 10)
+        samples = collected(log_registry("redis", True, self.gauges(store), None))
+        counts = {each: value(samples, "ramps", status=each) for each in RampStatus}
+        assert counts == {"running": 1, "completed": 0, "stopped": 0, "cancelled": 1}
+
     def test_of_an_empty_log_are_none(self, store: Log) -> None:
         assert self.gauges(store) == LogGauges({}, [], {})
 
@@ -450,6 +535,17 @@ class TestLogGauges:
         assert value(samples, "deliveries", status="failed", **its) == 1
         assert value(samples, "deliveries", status="retry", **its) == 0
         assert value(samples, "consumer_live", **its) == 1
+
+    @pytest.mark.parametrize(("left", "is_up"), [(12, 1), (0, 1), (None, 0)])
+    def test_tell_what_is_left_where_a_provider_is_moved_away_from(
+        self, left: int | None, is_up: int
+    ) -> None:
+        draining = DrainGauges("rabbitmq", left)
+        samples = collected(log_registry("redis", True, None, None, draining))
+        assert value(samples, "draining", provider="rabbitmq") == 1
+        assert value(samples, "draining_deliveries", provider="rabbitmq") == left
+        assert value(samples, "provider_up", provider="rabbitmq") == is_up
+        assert value(samples, "provider_up", provider="redis") == 1
 
     def test_that_could_not_be_had_are_told_to_be_missing(self) -> None:
         samples = collected(log_registry("redis", False, None, None))

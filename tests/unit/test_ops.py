@@ -16,7 +16,7 @@ import yaml
 
 from shared.observe.counts import AuditCounts, ServiceCounts
 from shared.observe.metrics import log_registry, process_registry
-from shared.store.gauges import LogGauges, SubscriptionGauges
+from shared.store.gauges import DrainGauges, LogGauges, ScheduleGauges, SubscriptionGauges
 from shared.types import Subscription
 from tests.support.documents import table_rows
 from tests.support.metrics import NAME, Samples, collected
@@ -40,10 +40,13 @@ def samples() -> Samples:
         {("orders", "failed"): 1},
         [SubscriptionGauges(its, {"failed": 1}, 1, 1.0, True, False)],
         {"orders": 1.0},
+        [ScheduleGauges("nightly", "orders", "placed", is_failing=True)],
+        {"stopped": 1},
     )
+    draining = DrainGauges("rabbitmq", 1)
     return {
         **collected(process_registry([counts])),
-        **collected(log_registry("redis", True, of_log, AuditCounts())),
+        **collected(log_registry("redis", True, of_log, AuditCounts(), draining)),
     }
 
 

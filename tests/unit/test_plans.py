@@ -126,7 +126,7 @@ QUESTIONS = {
         replay.newest(c),
     ),
     "due": lambda c, _: schedules.due(c, utc_now(c)),
-    "limits": lambda c, _: limits.usage(c, 1, utc_now(c)),
+    "limits": lambda c, _: limits.usages(c, [1], utc_now(c)),
     "metrics": lambda c, _: log_gauges(c, joins_log=False),
 }
 
@@ -146,10 +146,11 @@ def test_what_operations_ask_uses_an_index(sqlite_log, name):
         for statement, parameters in statements:
             explained = f"EXPLAIN QUERY PLAN {statement}"
             plan = [row[3] for row in connection.exec_driver_sql(explained, parameters)]
-            # of groups, subscriptions and pauses there are few, and the log is read by its end
+            # of groups, subscriptions, pauses, schedules and ramps there are few, and the log is
+            # read by its end
             few = r"SCAN queue_(failures USING COVERING|subscriptions|pauses|audit_log|alert)"
             if name == "metrics":  # which say of all messages what their status is
-                few += r"|SCAN queue_messages USING COVERING"
+                few += r"|SCAN queue_(messages USING COVERING|schedules|ramps)"
             assert not [x for x in plan if x.startswith("SCAN queue") and not re.match(few, x)], (
                 plan
             )
