@@ -150,7 +150,7 @@ def statuses_of(route: Route) -> list[int]:
         given.add(401)
     if route.schema is not None:
         given |= set(OF_BODIES)
-    if route.query is not None:
+    if route.query is not None or route.refuses_queries:
         given.add(422)
     return sorted(given)
 

@@ -15,6 +15,7 @@ from shared.events import QueueOperations, QueueService
 from shared.settings import Settings
 from shared.web import Problem, bearer_token
 from shared.web.entrypoint import HttpEntrypoint
+from shared.web.requests import load, read_query
 
 _ACTOR = "queue_admin.actor"
 """The key of a WSGI environment under which is found who calls."""
@@ -42,6 +43,21 @@ class Route(HttpEntrypoint):
         self.answers = answers
         self.status = status
         self.refusals = refusals
+
+    @property
+    def refuses_queries(self) -> bool:
+        """Whether a parameter of the query is a mistake: a filter that would leave nothing out.
+
+        Health takes any, for who asks for it with something that no cache knows.
+        """
+        is_look = self.method == "GET" and self.answers is not None
+        return is_look and self.query is None and self.guard is not None
+
+    def get_entrypoint_parameters(self, request: Request) -> tuple[tuple[Any, ...], Any]:
+        found = super().get_entrypoint_parameters(request)
+        if self.refuses_queries:
+            load(Schema, read_query(request))
+        return found
 
 
 def actor(request: Request) -> str:

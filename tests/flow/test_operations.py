@@ -268,6 +268,16 @@ class TestMessages:
         assert answer.status_code == 422, answer.text
         assert list(answer.json()["errors"]) == [field]
 
+    @pytest.mark.parametrize(
+        "place", ["alerts", "alerts/thresholds", "schedules", "failures", "stats", "retention"]
+    )
+    def test_refuse_a_query_where_there_is_nothing_to_ask(self, site, place):
+        answer = site.call("GET", f"/queue/{place}", params={"status": "failed"})
+
+        assert answer.status_code == 422, answer.text
+        assert list(answer.json()["errors"]) == ["status"]
+        assert site.call("GET", "/queue/health", params={"at": "1"}).status_code == 200
+
 
 class TestCauses:
     def test_are_shown_both_ways(self, site):
