@@ -310,6 +310,13 @@ def change(tx: Transaction, subscription_id: int, wanted: Limits) -> None:
     )
 
 
+def remove(tx: Transaction, subscription_ids: Sequence[int]) -> None:
+    """Take away all limits of these subscriptions, which are over."""
+    # only of those that have some: to delete a row that is not there may lock its neighbours
+    for each in limited(tx, subscription_ids):
+        change(tx, each, Limits())
+
+
 def of(connection: Connection, subscription_ids: Sequence[int]) -> dict[int, Limits]:
     """Return the limits of those of these subscriptions that have any."""
     rows = connection.execute(select(limits).where(m.subscription_id.in_(subscription_ids)))

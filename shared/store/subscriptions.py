@@ -24,6 +24,7 @@ from sqlalchemy.exc import IntegrityError
 from shared.database import Transaction
 from shared.lifecycle import WAITING, DeliveryStatus
 from shared.statements import Prepared
+from shared.store import limits
 from shared.store.summary import lock, refresh
 from shared.tables import SUBSCRIPTION_COLUMNS, deliveries, pauses, subscription_of, subscriptions
 from shared.types import Envelope, Subscription
@@ -104,12 +105,16 @@ def unsign(tx: Transaction, subscription_ids: Sequence[int]) -> None:
 
 
 def retire(tx: Transaction, subscription_ids: Sequence[int]) -> None:
-    """End subscriptions: no further events for them, and what is open is discarded."""
+    """End subscriptions: no further events for them, and what is open is discarded.
+
+    Their limits go with them: one that comes back by the same name begins without.
+    """
     tx.connection.execute(
         update(subscriptions)
         .where(subscriptions.c.id.in_(subscription_ids), subscriptions.c.retired_at.is_(None))
         .values(retired_at=tx.now)
     )
+    limits.remove(tx, subscription_ids)
     refresh(tx, _discard_open(tx, subscription_ids))
 
 

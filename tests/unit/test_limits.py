@@ -20,6 +20,19 @@ from tests.unit.test_store import Meanwhile
 LEASE = 30.0
 
 
+def test_go_with_a_subscription_that_is_retired(store: Log) -> None:
+    """Given another one, which keeps what it has, and the same that comes back later."""
+    site, other = Site(store), Site(store, store.subscribe("cancelled").id)
+    for each in (site, other):
+        each.limit(rate=5, concurrency=3)
+        each.ask(held=1, want=1)
+    store.do(subscriptions.retire, [site.id])
+    for table in (limits_table, permits_table):
+        assert [row.subscription_id for row in store.rows(table)] == [other.id]
+    assert store.subscribe().id == site.id
+    assert store.do(limits.limited, [site.id, other.id]) == {other.id}
+
+
 class Site:
     """A subscription with limits, and the processes that consume it."""
 
