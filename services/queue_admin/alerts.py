@@ -9,6 +9,7 @@ from werkzeug.wrappers import Request
 from services.queue_admin import answers
 from services.queue_admin.routes import actor, http
 from services.queue_admin.schemas import ThresholdsSchema
+from shared.errors import PayloadError
 from shared.events.timers import AlertTimer, RetentionTimer
 
 
@@ -37,7 +38,9 @@ class AlertCalls:
     )
     def set_thresholds(self, request: Request, body: Any, queue: str) -> Any:
         """Have a queue have thresholds of its own; what is left out is as usual."""
-        return self.alerting.set_thresholds(actor(request), queue, body)
+        if body.queue_name not in (None, queue):
+            raise PayloadError({"queueName": f"must be {queue}, as in the address, or left out"})
+        return self.alerting.set_thresholds(actor(request), queue, body.own)
 
     @http("GET", "/queue/retention", answers=answers.Retention)
     def retention(self, _request: Request) -> Any:

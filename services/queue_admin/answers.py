@@ -310,8 +310,8 @@ class AlertList(Schema):
 class Thresholds(Schema):
     failurePercent = fields.Float(required=True)
     oldestSeconds = fields.Float(required=True)
-    deadLetters = fields.Float(required=True)
-    silentConsumers = fields.Float(required=True)
+    deadLetters = _count()
+    silentConsumers = _count()
 
 
 class QueueThresholds(Thresholds):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from marshmallow import Schema, ValidationError, fields, post_load, validate, validates_schema
 
@@ -146,7 +146,10 @@ class RampListSchema(Schema):
 
 
 class ThresholdsSchema(Schema):
-    """The body of ``PUT /queue/alerts/thresholds/<queue>``; what is left out is as usual."""
+    """The body of ``PUT /queue/alerts/thresholds/<queue>``; what is left out is as usual.
+
+    As an answer shows them, too: then those that ``own`` does not name are as usual.
+    """
 
     failure_percent = fields.Float(data_key="failurePercent", validate=validate.Range(0, 100))
     oldest_seconds = fields.Float(data_key="oldestSeconds", validate=validate.Range(0, 1e9))
@@ -157,9 +160,26 @@ class ThresholdsSchema(Schema):
         strict=True, data_key="silentConsumers", validate=validate.Range(0, 10**9)
     )
 
+    own = fields.List(fields.Str(validate=validate.OneOf([rule.value for rule in Rule])))
+    queue_name = fields.Str(data_key="queueName")
+
+    @validates_schema
+    def _check_own(self, data: Mapping[str, Any], **_: Any) -> None:
+        if lacking := set(data.get("own", ())) - set(data):
+            raise ValidationError({"own": [f"Names {min(lacking)}, which is not given."]})
+
     @post_load
-    def _by_rule(self, data: dict[str, float], **_: Any) -> dict[Rule, float]:
-        return {Rule(name): threshold for name, threshold in data.items()}
+    def _by_rule(self, data: dict[str, Any], **_: Any) -> GivenThresholds:
+        own = data.get("own", list(Rule))
+        kept = {rule: data[rule] for rule in Rule if rule in own and rule in data}
+        return GivenThresholds(data.get("queue_name"), kept)
+
+
+class GivenThresholds(NamedTuple):
+    """What a body says: of which queue, where it does, and which thresholds."""
+
+    queue_name: str | None
+    own: dict[Rule, float]
 
 
 class ResendSchema(Schema):

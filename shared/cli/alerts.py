@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from shared.cli.printing import print_json, print_rows, with_json
-from shared.cli.working import actor, name, operations
+from shared.cli.working import NumberRange, actor, name, operations
 from shared.events.direct import DirectAlerts
 from shared.settings import Settings
 from shared.store.measures import Rule
@@ -41,19 +41,22 @@ def list_alerts(settings: Settings, is_json: bool) -> None:
 @with_json
 @click.pass_obj
 def thresholds(settings: Settings, is_json: bool) -> None:
-    """Show from when on each queue alerts; 0 means never."""
+    """Show from when on each queue alerts; 0 means never.
+
+    Those that are a queue's own are named; the others go with the settings.
+    """
     with operations(settings) as opened:
         found = DirectAlerts(opened.client).thresholds()
     if is_json:
         print_json(found)
     else:
-        _print([{"queueName": "usual", **found["usual"]}, *found["queues"]])
+        _print([{"queueName": "usual", **found["usual"], "own": []}, *found["queues"]])
 
 
 @alerts.command("set")
 @click.argument("queue", type=name)
-@click.option("--failure-percent", type=click.FloatRange(0, 100), help="Of the newest messages.")
-@click.option("--oldest-seconds", type=click.FloatRange(0, 1e9), help="For which work is due.")
+@click.option("--failure-percent", type=NumberRange(0, 100), help="Of the newest messages.")
+@click.option("--oldest-seconds", type=NumberRange(0, 1e9), help="For which work is due.")
 @click.option("--dead-letters", type=_A_COUNT, help="Of the queue.")
 @click.option("--silent-consumers", type=_A_COUNT, help="Subscriptions that nobody consumes.")
 @click.option("--none", "is_none", is_flag=True, help="Take all that it has of its own away.")
@@ -89,5 +92,6 @@ def set_thresholds(
 
 def _print(rows: list[dict[str, Any]]) -> None:
     print_rows(
-        ("queue", *THRESHOLDS), [[x["queueName"], *[x[k] for k in THRESHOLDS]] for x in rows]
+        ("queue", *THRESHOLDS, "own"),
+        [[x["queueName"], *[x[k] for k in THRESHOLDS], ", ".join(x["own"]) or None] for x in rows],
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import click
 
 from shared.cli.printing import print_json, with_json
-from shared.cli.working import actor, operations
+from shared.cli.working import NumberRange, actor, operations
 from shared.settings import Settings
 from shared.store.limits import HIGHEST_RATE, LOWEST_RATE, MOST_AT_ONCE, Limits
 
@@ -19,7 +18,7 @@ _COUNT = click.IntRange(1, MOST_AT_ONCE)
 @click.argument("subscription", type=click.IntRange(1))
 @click.option(
     "--rate",
-    type=click.FloatRange(LOWEST_RATE, HIGHEST_RATE),
+    type=NumberRange(LOWEST_RATE, HIGHEST_RATE),
     help="Attempts that begin in a second, retries included.",
 )
 @click.option("--burst", type=_COUNT, help="Attempts that may begin together; a tenth of --rate.")
@@ -40,8 +39,6 @@ def limit(
 
     A limit that is not named is taken away.
     """
-    if rate is not None and math.isnan(rate):
-        raise click.BadParameter("must be a number", param_hint="--rate")
     wanted = Limits(concurrency, rate, burst)
     if wanted.are_none != is_none:
         raise click.UsageError("--none, or at least one of --rate and --concurrency")

@@ -13,7 +13,7 @@ import click
 from shared.cli.failures import Failure
 from shared.cli.limits import limits_text
 from shared.cli.printing import make_console, make_table, print_json, print_rows, with_json
-from shared.cli.working import limit_option, name, operations, with_filters
+from shared.cli.working import NumberRange, limit_option, name, operations, with_filters
 from shared.settings import Settings
 from shared.store.listing import MOST_LISTED, Filters
 
@@ -62,7 +62,7 @@ def _stats_tables(found: Sequence[dict[str, Any]]) -> list[tuple[Sequence[str], 
 @click.argument("queue", type=name, required=False)
 @click.option(
     "--interval",
-    type=click.FloatRange(0.1, 3600),
+    type=NumberRange(0.1, 3600),
     default=1.0,
     show_default=True,
     help="Seconds between two looks.",

@@ -13,7 +13,7 @@ import click
 from shared.cli.audit import report_of, shown
 from shared.cli.failures import Failure, WrongArgument
 from shared.cli.printing import print_json, progress, with_json
-from shared.cli.working import actor
+from shared.cli.working import NumberRange, actor
 from shared.errors import QueueError, SettingsError
 from shared.events.moving import Move, Result
 from shared.settings import BUILT_IN_PROVIDERS, Settings, provider_name
@@ -30,7 +30,7 @@ PROVIDER = f"{', '.join(BUILT_IN_PROVIDERS)}, or package.module:Class"
 @click.option(
     "--wait",
     "seconds",
-    type=click.FloatRange(0),
+    type=NumberRange(0),
     default=WAIT_SECONDS,
     show_default=True,
     help="Seconds to wait at most until nothing is left at the old one.",

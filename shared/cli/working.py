@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pwd
 import socket
@@ -60,6 +61,16 @@ def name(value: str) -> str:
     if not NAME.fullmatch(value):
         raise click.BadParameter("must match [A-Za-z0-9][A-Za-z0-9._-]*, 1 to 200 characters")
     return value
+
+
+class NumberRange(click.FloatRange):
+    """A range of numbers, in which NaN is not."""
+
+    def convert(self, value: Any, *args: Any) -> float:
+        number: float = super().convert(value, *args)
+        if math.isnan(number):
+            self.fail("must be a number", *args)
+        return number
 
 
 def time(value: str) -> datetime:

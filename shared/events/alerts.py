@@ -88,7 +88,7 @@ def _named(thresholds: Thresholds) -> dict[str, float]:
         Rule.DEAD_LETTERS: "deadLetters",
         Rule.SILENT_CONSUMERS: "silentConsumers",
     }
-    return {name: thresholds[rule] for rule, name in names.items()}
+    return {name: alerts.as_given(rule, thresholds[rule]) for rule, name in names.items()}
 
 
 def _queues_and_own(connection: Connection) -> tuple[list[str], dict[str, dict[Rule, float]]]:

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from shared.database import Transaction
 from shared.settings import Alerting
 from shared.store import trail
-from shared.store.measures import Measure, Measures, Rule
+from shared.store.measures import COUNTS, Measure, Measures, Rule
 from shared.store.queries import iso
 from shared.store.trail import Deed
 from shared.tables import alert_thresholds, alerts
@@ -89,7 +89,7 @@ class News(NamedTuple):
         number = _short(self.value or 0.0)
         many = "" if number == "1" else "s"
         said = sentences[self.rule].format(value=number, queue=self.queue, s=many)
-        return f"{said}{names}; {_short(self.threshold)} is the threshold."
+        return f"{said}{names}; {self.threshold:.10g} is the threshold."
 
     def payload(self) -> dict[str, Any]:
         """Return the payload of the event that tells of it."""
@@ -135,6 +135,11 @@ _ABOUT = {
     Rule.DEAD_LETTERS: "{queue} had too many dead letters",
     Rule.SILENT_CONSUMERS: "nobody consumed subscriptions of {queue}",
 }
+
+
+def as_given(rule: Rule, threshold: float) -> float:
+    """Return a threshold as it may be given: of a count, the tables make a float."""
+    return int(threshold) if rule in COUNTS else threshold
 
 
 def _short(value: float) -> str:
@@ -314,7 +319,7 @@ def _shown(row: Any) -> dict[str, Any]:
         "rule": row.rule,
         "status": row.status,
         "value": row.value,
-        "threshold": row.threshold,
+        "threshold": as_given(rule, row.threshold),
         "subscribers": names,
         "beganAt": began_at,
         "endedAt": iso(row.ended_at),

@@ -41,6 +41,10 @@ class Rule(StrEnum):
     SILENT_CONSUMERS = "silent_consumers"
 
 
+COUNTS = (Rule.DEAD_LETTERS, Rule.SILENT_CONSUMERS)
+"""Those of which there is a whole number."""
+
+
 class Measure(NamedTuple):
     """How much of something there is.
 

@@ -244,9 +244,17 @@ def test_thresholds_are_set_by_call_and_command(plain_site):
         assert put(queue, 404, deadLetters=1)["type"] == "/problems/queue-not-found"
     for body in ({"deadLetters": -1}, {"deadLetters": 1.5}, {"failurePercent": 101}, {"odd": 1}):
         assert list(put(QUEUE, 422, **body)["errors"]) == list(body)
+    for body in ({"own": ["dead_letters"]}, {"queueName": "nowhere"}):
+        assert list(put(QUEUE, 422, **body)["errors"]) == list(body)
+    assert list(put(QUEUE, 422, own=["odd"])["errors"]) == ["own.0"]
     [done] = [each for each in site.trail() if each["action"] != "publish"]
     assert (done["action"], done["target"]) == ("set thresholds", f"queue {QUEUE}")
     assert done["detail"] == {"dead_letters": 1, "oldest_seconds": 0}
+
+    # what is shown may be given, and leaves all as it is
+    all_ = site.get("/queue/alerts/thresholds")["queues"]
+    [shown] = [each for each in all_ if each["queueName"] == QUEUE]
+    assert put(QUEUE, **shown) == shown == changed
 
     assert f"{QUEUE} had up to 1 dead letter" in queuectl("list").stdout
     assert json.loads(queuectl("list", "--json").stdout)["firing"] == site.alerts()["firing"]

@@ -88,6 +88,28 @@ class TestThresholds:
         self.set("--none", env=log_settings)
         assert self.own(log_settings) == []
 
+    def test_are_shown_as_they_may_be_given(self, log_settings: Mapping[str, str]) -> None:
+        """Given what is the queue's own, and a usual one that is changed then."""
+        its = {
+            "failurePercent": "0.25", "oldestSeconds": "90.5",
+            "deadLetters": "100", "silentConsumers": "2",
+        }  # fmt: skip
+        options = {
+            "failurePercent": "--failure-percent", "oldestSeconds": "--oldest-seconds",
+            "deadLetters": "--dead-letters", "silentConsumers": "--silent-consumers",
+        }  # fmt: skip
+        self.set(*[word for name in its for word in (options[name], its[name])], env=log_settings)
+        table = queuectl("alerts", "thresholds", env=log_settings).stdout
+        [row] = [line for line in table.splitlines() if line.startswith("orders")]
+        assert row.split()[1:5] == list(its.values())
+        own = "failure_percent, oldest_seconds, dead_letters, silent_consumers"
+        assert set(row.split(maxsplit=5)[5].split(", ")) == set(own.split(", "))
+        shown = queuectl("alerts", "thresholds", "--json", env=log_settings).stdout
+        [queue] = json.loads(shown, parse_float=str, parse_int=str)["queues"]
+        again = [word for name in its for word in (options[name], queue[name])]
+        self.set(*again, env=log_settings)
+        assert queuectl("alerts", "thresholds", "--json", env=log_settings).stdout == shown
+
     def set(self, *args: str, env: Mapping[str, str]) -> None:
         done = queuectl("alerts", "set", "orders", *args, env=env)
         assert done.exit_code == 0, done.output
