@@ -10,8 +10,9 @@ import ipaddress
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -32,6 +33,9 @@ NAMEKO_BROKER = "pyamqp://guest:guest@localhost"
 
 LARGEST_SECONDS = 86_400.0
 """A day: nobody waits longer for a lease, a stop or a retry."""
+
+MOST_WORKERS = 10_000
+"""Of a service; each takes memory, and a connection of its own to what it talks to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,6 +433,31 @@ def check_settings(
     return reader.checked, settings, reader.wrong
 
 
+_OURS = ("QUEUE_", "ALERT_")
+"""What only names of settings begin with, as far as anybody knows."""
+
+
+def unknown_names(known: Iterable[str], config: Mapping[str, Any] | None = None) -> list[str]:
+    """Return a line for each variable that is named like a setting and is none.
+
+    Other programs may have such variables, so that they are not wrong: Kubernetes gives every
+    container some by the names of its services.
+
+    :param known: the names of the settings.
+    :param config: as for :func:`load_settings`.
+    """
+    names = set(known)
+    # a key of the configuration may be anything
+    given = {each for each in (*os.environ, *(config or {})) if str(each).startswith(_OURS)}
+    return [_unknown(each, names) for each in sorted(given - names)]
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    nearest = get_close_matches(name, sorted(known), 1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"{name}: is no setting{hint}"
+
+
 class _Reader:
     """Reads variables through environs, with the configuration as their default."""
 
@@ -506,6 +535,7 @@ class _Reader:
             ),
             database=self.database(),
         )
+        self.check_workers()
         self.check_together(settings)
         return settings
 
@@ -533,6 +563,16 @@ class _Reader:
             name=self.get("DB_NAME", "queue_service", _needed),
         )
         return database if host else None
+
+    def check_workers(self) -> None:
+        """Check what nameko reads itself, with a traceback where it may not be."""
+        given = self._config.get("max_workers")
+        if given is None:
+            return
+        try:
+            _number(1, MOST_WORKERS)(given)
+        except EnvError as exc:
+            raise SettingsError(f"MAX_WORKERS, in the configuration max_workers: {exc}") from exc
 
     def check_together(self, settings: Settings) -> None:
         ports = [address.port for address in settings.addresses.values() if address.port]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import click
 from sqlalchemy import URL, Connection, func, select
@@ -27,7 +30,35 @@ from shared.store.subscriptions import SILENT_AFTER_SECONDS
 from shared.tables import subscriptions
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Brief(click.Group):
+    """Says in one line what is wrong with how it was called, and where help is."""
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        with _in_one_line():
+            return super().make_context(*args, **options)
+
+    def invoke(self, context: click.Context) -> Any:
+        with _in_one_line():
+            return super().invoke(context)
+
+
+_SHOWS_HELP: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""What click 8.2 and later raise for a command that is called without anything."""
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except _SHOWS_HELP:
+        raise
+    except click.UsageError as exc:
+        said = " ".join(exc.format_message().split()).rstrip(".")
+        path = exc.ctx.command_path if exc.ctx is not None else "queuectl"
+        raise WrongArgument(f"{said}; see {path} --help") from exc
+
+
+@click.group(cls=_Brief, context_settings={"help_option_names": ["-h", "--help"]})
 @click.pass_context
 def main(context: click.Context) -> None:
     """Look after the queue.

@@ -11,7 +11,7 @@ from shared.cli.failures import WrongArgument
 from shared.cli.printing import print_json, print_rows, with_json
 from shared.errors import SettingsError
 from shared.providers import check_provider
-from shared.settings import check_data_dir, check_settings
+from shared.settings import check_data_dir, check_settings, unknown_names
 
 
 @click.group()
@@ -30,9 +30,12 @@ def config() -> None:
 def check(file: Any, is_json: bool) -> None:
     """Print each setting, its value, where it came from, and what is wrong.
 
-    Secrets are hidden. Ends with status 2 where something is wrong.
+    Secrets are hidden. Ends with status 2 where something is wrong. A variable that is named like
+    a setting and is none is told, and changes nothing.
     """
-    checked, settings, wrong = check_settings(_configuration(file))
+    configuration = _configuration(file)
+    checked, settings, wrong = check_settings(configuration)
+    unknown = unknown_names([each.name for each in checked], configuration)
     if settings is not None:
         for look in (check_data_dir, check_provider):
             try:
@@ -40,11 +43,13 @@ def check(file: Any, is_json: bool) -> None:
             except SettingsError as exc:
                 wrong = [*wrong, str(exc)]
     if is_json:
-        print_json({"settings": [asdict(each) for each in checked], "wrong": wrong})
+        shown = [asdict(each) for each in checked]
+        print_json({"settings": shown, "wrong": wrong, "unknown": unknown})
     else:
         rows = [(each.name, each.value, each.origin, each.wrong or "") for each in checked]
         print_rows(("setting", "value", "from", "wrong"), rows)
-        click.echo("\n" + ("\n".join(wrong) or "nothing is wrong"))
+        nothing = "nothing else is wrong" if unknown else "nothing is wrong"
+        click.echo("\n" + "\n".join([*unknown, *(wrong or [nothing])]))
     if wrong:
         raise click.exceptions.Exit(2)
 

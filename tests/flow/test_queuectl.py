@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import re
 import socket
 import sqlite3
 import subprocess
@@ -382,6 +383,7 @@ class TestEnding:
             ["pause", "1", "--queue", "a"], ["pause", "x"], ["limit", "1"], ["limit", "--none"],
             ["limit", "1", "--none", "--rate", "2"], ["limit", "1", "--rate", "0"],
             ["limit", "1", "--burst", "2", "--concurrency", "2"], ["limit", "1", "--rate", "nan"],
+            ["alerts", "set", "a", "--oldest-seconds", "nan"],
             ["messages", "--queue", "a b"],
             ["messages", "--limit", "0"], ["messages", "--created-from", "yesterday"],
             ["messages", "--created-to", "2400-01-01T00:00:00Z"],
@@ -396,7 +398,32 @@ class TestEnding:
     def test_an_argument_that_cannot_be_is_2(self, sqlite_log, args):
         done = CliRunner().invoke(main, args, env=sqlite_log)
         assert (done.exit_code, done.stdout) == (2, ""), done.output
-        assert done.stderr
+        assert re.fullmatch(r"Error: [^\n]+\n", done.stderr)
+
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            (["stats", "--odd"], "No such option"),
+            (["alerts", "set"], "Missing argument 'QUEUE'; see queuectl alerts set --help"),
+            (["nonsense"], "No such command 'nonsense'; see queuectl --help"),
+            (
+                ["messages", "--priority", "x"],
+                "'x' is not one of 'low', 'normal', 'high', 'urgent'",
+            ),
+            (["limit", "1"], "--none, or at least one of --rate and --concurrency; see queuectl"),
+        ],
+    )
+    def test_a_usage_error_has_its_cause_and_where_help_is(self, sqlite_log, args, said):
+        done = CliRunner().invoke(main, args, prog_name="queuectl", env=sqlite_log)
+        assert done.exit_code == 2
+        assert said in done.stderr
+        assert re.fullmatch(r"Error: .*; see queuectl( \w+)* --help\n", done.stderr)
+
+    @pytest.mark.parametrize("args", [[], ["alerts"]])
+    def test_without_anything_the_help_is_shown(self, sqlite_log, args):
+        done = CliRunner().invoke(main, args, env=sqlite_log)
+        assert "Commands:" in done.output
+        assert "Error" not in done.output
 
     @pytest.mark.parametrize(
         "args",
@@ -454,6 +481,29 @@ class TestConfig:
         assert shown["REDIS_DB"] == ("5", "environment")
         assert shown["QUEUE_LEASE_SECONDS"] == ("30", "default")
         assert "nothing is wrong" in CliRunner().invoke(main, ["config", "check"], env=env).stdout
+
+    def test_names_what_is_no_setting(self, tmp_path):
+        file = tmp_path / "config.yml"
+        file.write_text("QUEUE_MAX_RETRY: 7\nmax_workers: 3\nLOGGING: {}\n5: 6\n")
+        env = {
+            "QUEUE_DATA_DIR": str(tmp_path), "QUEUE_LEASE_SECOND": "5", "ALERT_MAIL": "x",
+            "QUEUE_XYZZY_PLUGH_42": "1", "REDIS_HOST": "redis", "QUEUED": "1",
+        }  # fmt: skip
+        done = CliRunner().invoke(main, ["config", "check", "--config", str(file)], env=env)
+        assert done.exit_code == 0
+        assert done.stdout.splitlines()[-5:] == [
+            "ALERT_MAIL: is no setting; did you mean ALERT_MAIL_TO?",
+            "QUEUE_LEASE_SECOND: is no setting; did you mean QUEUE_LEASE_SECONDS?",
+            "QUEUE_MAX_RETRY: is no setting; did you mean QUEUE_MAX_RETRIES?",
+            "QUEUE_XYZZY_PLUGH_42: is no setting",
+            "nothing else is wrong",
+        ]
+        args = ["config", "check", "--json", "--config", str(file)]
+        found = json.loads(CliRunner().invoke(main, args, env=env).stdout)
+        assert [each.partition(":")[0] for each in found["unknown"]] == [
+            "ALERT_MAIL", "QUEUE_LEASE_SECOND", "QUEUE_MAX_RETRY", "QUEUE_XYZZY_PLUGH_42",
+        ]  # fmt: skip
+        assert found["wrong"] == []
 
     def test_says_all_that_is_wrong(self, tmp_path):
         (tmp_path / "file").touch()

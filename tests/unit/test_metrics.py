@@ -541,7 +541,8 @@ class TestLogGauges:
         self, left: int | None, is_up: int
     ) -> None:
         draining = DrainGauges("rabbitmq", left)
-        samples = collected(log_registry("redis", True, None, None, draining))
+        registry = log_registry("redis", True, None, None, draining)
+        samples = parsed(exposed(registry, None)[0].decode())
         assert value(samples, "draining", provider="rabbitmq") == 1
         assert value(samples, "draining_deliveries", provider="rabbitmq") == left
         assert value(samples, "provider_up", provider="rabbitmq") == is_up

@@ -568,6 +568,16 @@ class TestTogether:
         config = {"LOGGING": {"version": 1}, "max_workers": 10, "HANDLERS": [1], 5: None}
         assert load_settings(config) == load_settings({})  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("given", [1, 10, 10_000, "7", None])
+    def test_takes_as_many_workers_as_a_service_may_have(self, given: Any) -> None:
+        assert load_settings({"max_workers": given}) == load_settings({})
+
+    @pytest.mark.parametrize("given", ["abc", -1, 0, 2.5, 10_001, True, [3]])
+    def test_refuses_other_numbers_of_workers_before_nameko_does(self, given: Any) -> None:
+        said = r"^MAX_WORKERS, in .* max_workers: must be a whole number from 1 to 10000$"
+        with pytest.raises(SettingsError, match=said):
+            load_settings({"max_workers": given})
+
     def test_queues_and_sources_find_each_other(self) -> None:
         settings = load_settings({"QUEUE_SOURCES": "a=b"})
         assert (settings.queue_of("a"), settings.queue_of("x")) == ("b", "x")
@@ -599,15 +609,28 @@ class TestStart:
         assert said.out == ""
         assert said.err == "Error: REDIS_PORT: must be a whole number from 1 to 65535\n"
 
-    def test_of_a_service_is_refused(self) -> None:
+    @pytest.mark.parametrize(
+        ("name", "value", "said"),
+        [
+            ("QUEUE_LEASE_SECONDS", "0", "QUEUE_LEASE_SECONDS: must be a number from 1 to 86400"),
+            (
+                "MAX_WORKERS",
+                "abc",
+                "MAX_WORKERS, in the configuration max_workers: must be a whole number from 1 to "
+                "10000",
+            ),
+        ],
+    )
+    def test_of_a_service_is_refused(self, name: str, value: str, said: str) -> None:
+        command = [Path(sys.executable).parent / "nameko", "run", "--config", "config.yml"]
         done = subprocess.run(
-            [Path(sys.executable).parent / "nameko", "run", "services.company"],
+            [*command, "services.company"],
             cwd=ROOT,
-            env={"QUEUE_LEASE_SECONDS": "0", "PATH": os.defpath, "PYTHONWARNINGS": "ignore"},
+            env={name: value, "PATH": os.defpath, "PYTHONWARNINGS": "ignore"},
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
         )
-        assert done.stderr == "Error: QUEUE_LEASE_SECONDS: must be a number from 1 to 86400\n"
+        assert done.stderr == f"Error: {said}\n"
         assert done.returncode == 2
