@@ -13,7 +13,10 @@ from shared.cli.working import PRIORITY, actor, name, operations
 from shared.events.direct import DirectSchedules
 from shared.settings import Settings
 
-COLUMNS = ("name", "messageType", "cron", "timeZone", "nextAt", "lastAt", "lastMessageId", "error")
+COLUMNS = (
+    "name", "queueName", "messageType", "cron", "timeZone", "nextAt", "lastAt", "lastMessageId",
+    "error",
+)  # fmt: skip
 
 
 @click.group()

@@ -5,7 +5,8 @@ Times are naive UTC outside of here, as everywhere in the suite.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
+from cronsim.cronsim import Field
 
 from shared.errors import PayloadError
 
@@ -53,8 +55,7 @@ class Cron:
         try:
             CronSim(expression, datetime(2000, 1, 1))
         except CronSimError as exc:
-            said = f"is no cron expression: {exc}"
-            raise PayloadError({"cron": said}) from exc
+            raise PayloadError({"cron": _trouble(expression, exc)}) from exc
 
     def after(self, time: datetime) -> datetime | None:
         """Return the first occurrence after a time; ``None`` for one in no 50 years."""
@@ -78,6 +79,8 @@ class Cron:
     def sentence(self) -> str:
         """What it means, in English, such as ``At 09:00 every day``."""
         said: str = CronSim(self._expression, datetime(2000, 1, 1)).explain()
+        for pattern, better in _BETTER:
+            said = pattern.sub(better, said)
         return said
 
     def _walk(self, time: datetime) -> Iterator[datetime]:
@@ -104,13 +107,28 @@ class Cron:
         return time.replace(tzinfo=UTC).astimezone(self._zone)
 
 
+def _trouble(expression: str, error: CronSimError) -> str:
+    """Say what is wrong with an expression."""
+    if str(error) == Field.DAY.msg() and _is_day(expression.split()[-3]):
+        return "has no occurrence: no month that it names has such a day"
+    return f"is no cron expression: {error}"
+
+
+def _is_day(field: str) -> bool:
+    try:
+        Field.DAY.parse(field.upper())
+    except CronSimError:
+        return False
+    return True
+
+
 def _plain(time: datetime) -> datetime:
     return time.astimezone(UTC).replace(tzinfo=None)
 
 
 def _zone(name: str) -> ZoneInfo:
     try:
-        if name in _OF_THE_MACHINE:
+        if name in _OF_THE_MACHINE or name.startswith(_COPIES):
             raise ValueError(name)
         return ZoneInfo(name)
     # by what the name is, the file that it stands for may be anything
@@ -120,3 +138,27 @@ def _zone(name: str) -> ZoneInfo:
 
 _OF_THE_MACHINE = ("localtime", "posixrules")
 """Zones that may be another on each machine that dispatches."""
+
+_COPIES = ("posix/", "right/")
+"""What some machines have all zones once more under; ``right/`` counts leap seconds as well."""
+
+_ORDINALS = ("second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
+_SUFFIXES = {1: "st", 2: "nd", 3: "rd"}
+
+
+def _ordinal(number: int) -> str:
+    suffix = "th" if number % 100 in (11, 12, 13) else _SUFFIXES.get(number % 10, "th")
+    return f"{number}{suffix}"
+
+
+_BETTER: Sequence[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = (
+    (re.compile(r"\b(\d+)th\b"), lambda found: _ordinal(int(found[1]))),
+    # such as every second second
+    (
+        re.compile(rf"\b([Ee]very) ({'|'.join(_ORDINALS)})(?= (?:second|minute|hour|day|month)\b)"),
+        lambda found: f"{found[1]} {_ordinal(_ORDINALS.index(found[2]) + 2)}",
+    ),
+    (re.compile(r"\bday of (week|month)\b"), r"day of the \1"),
+    (re.compile(r"\AAt minute 0 past every\b"), "At the start of every"),
+)
+"""What cronsim says in odd words, and what is said instead."""

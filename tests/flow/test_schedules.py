@@ -215,7 +215,9 @@ def test_a_command_does_the_same(site):
     message_id = ask("run", "nightly")["messageId"]
     assert site.wait_for(message_id, "completed")["priority"] == "high"
     assert queuectl("pause", "nightly").stdout == "nightly: paused\n"
-    assert "paused" in queuectl("list").stdout
+    header, row = queuectl("list").stdout.splitlines()[:2]
+    assert dict(zip(header.split(), row.split(), strict=False))["queueName"] == QUEUE
+    assert "paused" in row
     assert ask("resume", "nightly")["enabled"] is True
     wrong = queuectl("set", "other", "61 * * * *", QUEUE, "patient.asked", status=2)
     assert "cron: is no cron expression: Bad minute" in wrong.stderr

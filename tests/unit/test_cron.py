@@ -55,6 +55,21 @@ class TestWhenTheClockIsPut:
         ]  # fmt: skip
         assert occurrences(cron, "2026-03-29 00:45", 2) == ["2026-03-29 01:00", "2026-03-29 01:30"]
 
+    def test_every_other_hour_goes_by_the_clock_as_it_is(self) -> None:
+        """Given a step after a star; the same hours as a range are as they are by name."""
+        star, range_ = Cron("0 */2 * * *", BERLIN), Cron("0 0-23/2 * * *", BERLIN)
+        # midnight, then 02:00, which there is not, or twice, then 04:00
+        assert occurrences(star, "2026-03-28 22:30", 2) == ["2026-03-28 23:00", "2026-03-29 02:00"]
+        assert occurrences(star, "2026-10-24 21:30", 4) == [
+            "2026-10-24 22:00", "2026-10-25 00:00", "2026-10-25 01:00", "2026-10-25 03:00",
+        ]  # fmt: skip
+        assert occurrences(range_, "2026-03-28 22:30", 3) == [
+            "2026-03-28 23:00", "2026-03-29 01:00", "2026-03-29 02:00",
+        ]  # fmt: skip
+        assert occurrences(range_, "2026-10-24 21:30", 3) == [
+            "2026-10-24 22:00", "2026-10-25 00:00", "2026-10-25 03:00",
+        ]  # fmt: skip
+
     def test_with_seconds_the_clock_is_taken_as_it_is(self) -> None:
         cron = Cron("0 30 2 * * *", BERLIN)
         assert occurrences(cron, "2026-03-28 12:00", 1) == ["2026-03-30 00:30"]
@@ -103,7 +118,10 @@ class TestDue:
         ("* * * *", "Wrong number of fields"),
         ("61 * * * *", "Bad minute"),
         ("* * * * MOON", "Bad day-of-week"),
-        ("0 0 30 2 *", "Bad day-of-month"),
+        ("0 0 32 * *", "is no cron expression: Bad day-of-month"),
+        ("0 0 0 * *", "is no cron expression: Bad day-of-month"),
+        ("0 0 30 2 *", "cron: has no occurrence: no month that it names has such a day"),
+        ("0 0 0 31 FEB,apr *", "cron: has no occurrence: no month that it names has such a day"),
         ("@daily", "Wrong number of fields"),
         ("*," * 200 + "* * * * *", "must have 255 characters at most"),
     ],
@@ -117,8 +135,11 @@ def test_refuses_what_is_no_expression(expression: str, said: str) -> None:
 
 @pytest.mark.parametrize(
     "zone",
-    ["", "Mars", "Europe", "../etc/passwd", "/etc/passwd", "U\0TC", "A" * 300, "localtime"],
-)
+    [
+        "", "Mars", "Europe", "../etc/passwd", "/etc/passwd", "U\0TC", "A" * 300, "localtime",
+        "right/Europe/Berlin", "posix/Europe/Berlin", "posix/UTC",
+    ],
+)  # fmt: skip
 def test_refuses_what_is_no_zone(zone: str) -> None:
     with pytest.raises(PayloadError) as caught:
         Cron("* * * * *", zone)
@@ -130,8 +151,24 @@ def test_says_so_when_there_is_none_any_more() -> None:
     assert Cron("* * * * *").after(datetime(9999, 12, 31, 23, 59)) is None
 
 
-def test_says_what_it_means() -> None:
-    assert Cron("0 9 * * 1-5").sentence == "At 09:00 on Monday through Friday"
+@pytest.mark.parametrize(
+    ("expression", "said"),
+    [
+        ("0 9 * * 1-5", "At 09:00 on Monday through Friday"),
+        ("*/2 * * * *", "Every 2nd minute of every hour"),
+        ("*/21 * * * *", "Every 21st minute of every hour"),
+        ("*/2 * * * * *", "Every 2nd second of every minute"),
+        ("1-10 * * * * *", "Every second from 1 through 10 of every minute"),
+        ("0 */2 * * *", "At the start of every 2nd hour"),
+        ("0 9-17 * * *", "At the start of every hour from 9 through 17"),
+        ("0 0 1 */3 *", "At 00:00 on the first day of every 3rd month"),
+        ("0 0 22 * *", "At 00:00 on the 22nd day of every month"),
+        ("0 0 11,23,31 * *", "At 00:00 on the 11th, the 23rd, and the 31st day of the month"),
+        ("0 0 * * MON#2", "At 00:00 on the second Monday of the month"),
+    ],
+)
+def test_says_what_it_means(expression: str, said: str) -> None:
+    assert Cron(expression).sentence == said
 
 
 _FIELD = st.text("0123456789*/-,L#WMONJAN", min_size=1, max_size=6)

@@ -574,8 +574,7 @@ class TestTogether:
 
     @pytest.mark.parametrize("given", ["abc", -1, 0, 2.5, 10_001, True, [3]])
     def test_refuses_other_numbers_of_workers_before_nameko_does(self, given: Any) -> None:
-        said = r"^MAX_WORKERS, in .* max_workers: must be a whole number from 1 to 10000$"
-        with pytest.raises(SettingsError, match=said):
+        with pytest.raises(SettingsError, match=f"^{WORKERS}$"):
             load_settings({"max_workers": given})
 
     def test_queues_and_sources_find_each_other(self) -> None:
@@ -600,6 +599,9 @@ class TestFrozen:
         assert isinstance(settings.addresses, MappingProxyType)
 
 
+WORKERS = "MAX_WORKERS, in the configuration max_workers: must be a whole number from 1 to 10000"
+
+
 class TestStart:
     def test_ends_with_status_2_and_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as raised:
@@ -613,12 +615,7 @@ class TestStart:
         ("name", "value", "said"),
         [
             ("QUEUE_LEASE_SECONDS", "0", "QUEUE_LEASE_SECONDS: must be a number from 1 to 86400"),
-            (
-                "MAX_WORKERS",
-                "abc",
-                "MAX_WORKERS, in the configuration max_workers: must be a whole number from 1 to "
-                "10000",
-            ),
+            ("MAX_WORKERS", "abc", WORKERS),
         ],
     )
     def test_of_a_service_is_refused(self, name: str, value: str, said: str) -> None:
