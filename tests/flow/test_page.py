@@ -458,6 +458,12 @@ def schedule(site, name, **changed):
     return answer.json()
 
 
+def schedules(site, name):
+    """Return the schedule of that name, if there is one."""
+    shown = requests.get(f"http://{site.admin}/queue/schedules", timeout=20).json()
+    return [each for each in shown["schedules"] if each["name"] == name]
+
+
 NIGHTLY = {
     "queueName": "elsewhere", "messageType": "night.fell", "payload": {}, "cron": "30 2 * * *",
     "timeZone": "Europe/Berlin",
@@ -490,6 +496,55 @@ class TestSchedules:
         visit.page.get_by_text("Metadata", exact=True).press("Enter")
         expect(visit.page.get_by_text('"occurrence"')).to_be_visible()
 
+    def test_are_made_changed_and_removed(self, site, visit):
+        visit.link("Schedules").click()
+        visit.page.get_by_text("Make a schedule", exact=True).press("Enter")
+        form = visit.page.get_by_role("form", name="Make a schedule")
+        fields = {
+            "Name": "made-here", "Queue": "elsewhere", "Event type": "hour.struck",
+            "Cron expression": "0 */2 * * *", "Time zone": "Mars",
+            "Payload": '{"long": 12345678901234567890, "one": 1.0}',
+        }  # fmt: skip
+        for label, text in fields.items():
+            form.get_by_label(label, exact=True).fill(text)
+        form.get_by_label("Priority").select_option("high")
+        visit.button("Make it", form).press("Enter")
+        expect(visit.result()).to_contain_text("timeZone: must be a time zone")
+        # what was written is there still
+        form.get_by_label("Time zone").fill("Europe/Berlin")
+        visit.button("Make it", form).press("Enter")
+
+        expect(visit.result()).to_have_text("made-here: At the start of every 2nd hour.")
+        row = visit.row("made-here")
+        expect(row).to_contain_text("0 */2 * * * Europe/Berlin")
+        expect(form.get_by_label("Name")).to_have_value("")
+        [made] = schedules(site, "made-here")
+        assert (made["queueName"], made["messageType"]) == ("elsewhere", "hour.struck")
+        assert (made["priority"], made["timeZone"]) == ("high", "Europe/Berlin")
+        assert made["payload"] == {"long": 12345678901234567890, "one": 1.0}
+
+        # one of the same name is not changed unasked
+        for label, text in {**fields, "Cron expression": "5 * * * *", "Time zone": "UTC"}.items():
+            form.get_by_label(label, exact=True).fill(text)
+        form.get_by_label("Payload").fill("{nonsense")
+        visit.button("Make it", form).click()
+        visit.button("Keep it as it is").click()
+        assert schedules(site, "made-here") == [made]
+        visit.button("Make it", form).click()
+        visit.button("Change it").click()
+        expect(visit.result()).to_contain_text("The payload is not JSON")
+        form.get_by_label("Payload").fill("[]")
+        visit.button("Make it", form).click()
+        visit.button("Change it").click()
+        expect(row).to_contain_text("At minute 5 of every hour")
+
+        visit.button("Remove made-here").click()
+        visit.button("Remove", visit.page.get_by_role("dialog")).click()
+        expect(visit.result()).to_have_text("made-here is removed.")
+        expect(row).to_have_count(0)
+        assert schedules(site, "made-here") == []
+        visit.forgive("422")
+
     def test_show_what_is_text_as_text_and_why_one_failed(self, site, visit):
         markup = "<img src=x onerror=alert(1)>"
         schedule(site, "odd", cron="* * * * * *", metadata={"a": markup})
@@ -518,6 +573,19 @@ class TestThePage:
             width = visit.page.evaluate("document.documentElement.scrollWidth")
             assert width <= 360, view
         visit.close()
+
+    @pytest.mark.parametrize("place", ["nonsense", "queues/nonsense", "nonsense/%", "<b>?a=b"])
+    def test_says_that_there_is_no_such_view(self, visit, place):
+        visit.open(place)
+        expect(visit.heading("No such view")).to_be_visible()
+        said = f"This page has no view {place.partition('?')[0]}."
+        expect(visit.page.get_by_text(said)).to_be_visible()
+        assert visit.page.title() == "No such view – queue_admin"
+        expect(visit.page.locator("nav [aria-current]")).to_have_count(0)
+        visit.link("Show the queues").click()
+        expect(visit.heading("Queues")).to_be_visible()
+        visit.open("queues/")
+        expect(visit.heading("Queues")).to_be_visible()
 
     def test_says_that_what_it_shows_is_old(self, site, visit):
         expect(visit.region("Queue user-events")).to_be_visible()
@@ -576,6 +644,8 @@ def test_an_alert_is_shown_above_the_queues_until_it_is_over(browser, tmp_path):
 
     said = f"user-events had up to 1 dead letter ({MAILER}); 1 is the threshold."
     expect(alerts.get_by_role("listitem")).to_contain_text(said)
+    [alert] = requests.get(f"http://{site.admin}/queue/alerts", timeout=20).json()["firing"]
+    expect(alerts.get_by_role("listitem")).to_contain_text(f"alert {alert['id']} {said}")
     url = f"http://{site.admin}/queue/messages/{message_id}/discard"
     assert requests.post(url, timeout=20).status_code == 200
     expect(alerts).to_have_text("")

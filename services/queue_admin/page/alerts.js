@@ -19,7 +19,7 @@ function item(alert) {
   return h(
     "li",
     { "data-key": `alert-${alert.id}` },
-    h("span", { class: "status failed" }, "alert"),
+    h("span", { class: "status failed" }, `alert ${alert.id}`),
     ` ${alert.sentence} It began at `,
     time(alert.beganAt),
     ".",

@@ -43,6 +43,7 @@ export async function call(method, path, body) {
 export const get = (path) => call("GET", path);
 export const post = (path, body) => call("POST", path, body);
 export const put = (path, body) => call("PUT", path, body);
+export const remove = (path) => call("DELETE", path);
 
 /** Make a path: what is put into it cannot leave its place. */
 export function path(strings, ...values) {

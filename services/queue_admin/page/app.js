@@ -12,6 +12,7 @@ import { failures } from "./failures.js";
 import { message } from "./message.js";
 import { messages } from "./messages.js";
 import { queues } from "./queues.js";
+import { nowhere } from "./nowhere.js";
 import { schedules } from "./schedules.js";
 import { subscriptions } from "./subscriptions.js";
 
@@ -45,9 +46,17 @@ function route() {
   const [place, query] = location.hash.replace(/^#\/?/, "").split("?");
   const [name, id] = place.split("/");
   const parameters = new URLSearchParams(query);
-  if (name === "messages" && id) return ["messages", message(decodeURIComponent(id))];
-  const [key, , make] = VIEWS.find(([each]) => each === name) ?? VIEWS[0];
-  return [key, make(parameters)];
+  if (name === "messages" && id) return ["messages", message(decoded(id))];
+  const [key, , make] = VIEWS.find(([each]) => each === (place ? name : VIEWS[0][0])) ?? [];
+  return make && !id ? [key, make(parameters)] : [null, nowhere(decoded(place))];
+}
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }
 
 function navigate(isFirst = false) {
