@@ -49,7 +49,8 @@ def migrate(
     the old one. What breaks off is begun again by the same command, and taken back by the same
     with --from and --to exchanged. Prints for each subscription what became of all that was
     dispatched. Ends with status 0 when nothing is left at the old one and every delivery is
-    accounted for, with 1 when not, or when a server does not answer.
+    accounted for, with 1 when not, or when a server does not answer. Names each service that goes
+    on to dispatch without these settings, as far as that is seen.
     """
     began = datetime.now(UTC)
     with _move(settings, old, new) as move:
@@ -57,6 +58,8 @@ def migrate(
         report = _report(move, result, began)
     if receipt is not None:
         receipt.write(json.dumps(report, indent=2) + "\n")
+    for each in _strays(move, result):
+        click.echo(each, err=True)
     if is_json:
         print_json(report)
     else:
@@ -106,10 +109,21 @@ def _report(move: Move, result: Result, began: datetime) -> dict[str, Any]:
         "endedAt": datetime.now(UTC).isoformat(),
         "carried": result.progress.carried,
         "dropped": result.progress.dropped,
+        "strays": result.strays,
         "isEmpty": result.is_empty,
         "isComplete": result.is_empty and audited["balanced"],
         **audited,
     }
+
+
+def _strays(move: Move, result: Result) -> list[str]:
+    """Say who was not restarted, as far as that can be seen."""
+    old, new = move.route.old, move.route.new
+    return [
+        f"{service} dispatches without the settings of the move, {count} since it began: restart "
+        f"its processes with QUEUE_PROVIDER={new} and QUEUE_PROVIDER_DRAIN={old}, and begin again"
+        for service, count in sorted(result.strays.items())
+    ]
 
 
 def _rows(result: Result) -> list[int]:

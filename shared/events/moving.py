@@ -6,6 +6,7 @@ is the same the other way round, which is how a move is taken back.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,6 +32,10 @@ BATCH = 200
 
 LOOK_SECONDS = 0.3
 """How often it is looked whether the old provider is empty."""
+
+WATCH_SECONDS = 3.0
+"""For how long it is watched at least whether anybody still dispatches without the settings of the
+move, where there is that much time."""
 
 LOOKS = 10
 """How often the account is drawn anew, when something is missing that was given back."""
@@ -61,6 +66,8 @@ class Result:
     """Whether nothing is left at the old provider."""
     left: dict[int, int] = field(default_factory=dict)
     """By subscription: what is."""
+    strays: dict[str, int] = field(default_factory=dict)
+    """By service: what it dispatched meanwhile without the settings of the move."""
 
 
 class Move:
@@ -82,6 +89,10 @@ class Move:
         self._active: list[Subscription] = []
         self._paused: set[int] = set()
         self._is_empty = False
+        # of what was dispatched later nothing should come to the old provider
+        self._newest = 0
+        self._strays: Counter[str] = Counter()
+        self._began_at = monotonic()
 
     def close(self) -> None:
         """Close what is open. Never raises."""
@@ -109,6 +120,7 @@ class Move:
         if self._old is not None:
             self._old.initialize()
             self._old.declare([each for each in self._active if each.reliable])
+        self._newest, self._began_at = self._run(moving.newest), monotonic()
         self._note(actor, "begun")
 
     def carry(self) -> Iterator[Progress]:
@@ -130,7 +142,8 @@ class Move:
         :raises QueueError: as :meth:`carry`.
         """
         deadline = monotonic() + seconds
-        while not self._is_done() and monotonic() < deadline:
+        watched = self._began_at + WATCH_SECONDS
+        while (not self._is_done() or monotonic() < watched) and monotonic() < deadline:
             yield self.progress
             sleep(LOOK_SECONDS)
             yield from self.carry()
@@ -175,12 +188,18 @@ class Move:
             left = self.left()
             # what is on its way by now is the new one's
             is_empty = self._is_empty and not left
-            result = Result(self.progress, audit.accounts(), found, is_empty, left)
+            strays = dict(self._strays + self._unmarked())
+            result = Result(self.progress, audit.accounts(), found, is_empty, left, strays)
         finally:
             audit.close()
         is_right = result.is_empty and found.are_none
         self._note(actor, "completed" if is_right else "unfinished", carried=self.progress.carried)
         return result
+
+    def _unmarked(self) -> Counter[str]:
+        if self.route.to_log:
+            return Counter()
+        return Counter(self._run(partial(moving.unmarked, after=self._newest)))
 
     # --- within
 
@@ -196,6 +215,8 @@ class Move:
             self.progress.dropped += self._old.purge(subscription)
         elif subscription.reliable:
             while leases := self._old.take_waiting(subscription, BATCH):
+                late = sum(lease.delivery.seq > self._newest for lease in leases)
+                self._strays[subscription.source] += late
                 self._take_out(self._old, leases)
                 self._relay(subscription)
                 yield

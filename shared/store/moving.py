@@ -39,6 +39,7 @@ from shared.store import adoption, subscriptions
 from shared.store.log import seconds_until
 from shared.store.summary import lock, refresh
 from shared.tables import deliveries
+from shared.tables import subscriptions as subscription_table
 from shared.types import Lease, Subscription
 
 MOST_AT_ONCE = 500
@@ -154,6 +155,20 @@ _HOLD = Prepared(
     .values(lease_expires_at=bindparam("until"))
 )
 _MARK = Prepared(update(deliveries).where(c.seq.in_(_SEQS)).values(provider=_TO))
+
+_IS_TAKEN = or_(
+    and_(_IS_WAITING, c.lease_expires_at.is_(None)),
+    c.status == DeliveryStatus.PROCESSING,
+    c.status == DeliveryStatus.COMPLETED,
+)
+_UNMARKED = Prepared(
+    select(subscription_table.c.source, func.count().label("total"))
+    .select_from(deliveries)
+    .join(subscription_table, subscription_table.c.id == c.subscription_id)
+    .where(c.seq > bindparam("after"), c.provider.is_(None), c.ready == false(), _IS_TAKEN)
+    .group_by(subscription_table.c.source)
+)
+_NEWEST = Prepared(select(func.max(c.seq).label("seq")))
 
 # --- what the provider in the log's tables leaves to the new one
 
@@ -282,6 +297,23 @@ def of_old(tx: Transaction, seqs: Collection[int], route: Route) -> set[int]:
     """Return which of these wait at the old provider, and nowhere else."""
     values = {"seqs": list(seqs), "to": route.new}
     return {row.seq for row in _ARE_OF_OLD[route._kind].fetch(tx, values)} if seqs else set()
+
+
+def newest(tx: Transaction) -> int:
+    """Return the number of the newest delivery."""
+    [row] = _NEWEST.fetch(tx, {})
+    return int(row.seq or 0)
+
+
+def unmarked(tx: Transaction, after: int) -> dict[str, int]:
+    """Count what was published after a delivery by whom the settings of the move are not known.
+
+    Who has them notes with each that the new provider has it. So this is of use only where that
+    one is apart from the log.
+
+    :returns: by the service that dispatched them.
+    """
+    return {row.source: int(row.total) for row in _UNMARKED.fetch(tx, {"after": after})}
 
 
 def ready_counts(tx: Transaction, ids: Sequence[int]) -> dict[int, int]:

@@ -163,6 +163,7 @@ class Move:
 def receipt_is_right(report, old):
     assert (report["from"], report["isEmpty"], report["balanced"]) == (old, True, True)
     assert report["missing"] == report["unpaused"] == report["misdrawn"] == 0
+    assert report["strays"] == {}
     rows = {(x["messageType"], x["subscriber"]): x for x in report["subscriptions"]}
     for each in rows.values():
         ended = each["completed"] + each["dead"] + each["discarded"]
@@ -272,6 +273,47 @@ def test_what_is_left_is_seen_and_not_taken_for_lost(flow_on, servers):
     assert len(flow.effects.all(handler="later")) == 20
     wait_until(lambda: draining()["left"] == 0, 10, lambda: str(draining()))
     assert "missing" not in process.output()
+
+
+@pytest.mark.parametrize(("old", "new"), [("redis", "rabbitmq"), ("embedded", "redis")])
+def test_who_was_not_restarted_is_named(flow_on, servers, old, new):
+    """Given a dispatcher that goes on with the old provider, beside a process that moved."""
+    move = Move(flow_on({**servers, "QUEUE_PROVIDER": old}), old, new)
+    move.flow.stop_source()
+    moved, _ = move.fleet
+    assert moved.terminate() == 0
+    move.fleet[0] = move.start(QUEUE_PROVIDER=new, QUEUE_PROVIDER_DRAIN=old)
+
+    command = ["migrate", "--from", old, "--to", new, "--wait", "4"]
+    done = CliRunner().invoke(main, command, env=move.flow.env)
+
+    assert "ticker dispatches without the settings of the move" in done.stderr
+    assert f"QUEUE_PROVIDER={new} and QUEUE_PROVIDER_DRAIN={old}" in done.stderr
+    assert "source dispatches" not in done.stderr
+    move.restart(new, old)
+    report = move.migrate(old, new)
+    assert (report["strays"], report["isComplete"]) == ({}, True)
+
+
+def test_what_comes_to_the_old_provider_meanwhile_tells_who_sent_it(flow_on, servers):
+    """Given what waits there before a move, and more that comes once that has begun."""
+    flow = flow_on({**servers, "QUEUE_PROVIDER": "redis"})
+    crew = flow.run(FLEET, ready=2, PER_SECOND="0.1")
+    assert crew.terminate() == 0
+    move = moving.Move(load_settings(flow.env), "redis", "embedded")
+    try:
+        flow.send_many([("task.sent", {"n": n}) for n in range(3)])
+        move.begin("a test")
+        # each has two subscribers
+        flow.send_many([("task.sent", {"n": n}) for n in range(2)])
+        wait_until(lambda: sum(move.left().values()) >= 10, 20, lambda: str(move.left()))
+
+        for _ in move.carry():
+            pass
+
+        assert move.end("a test").strays == {"source": 4}
+    finally:
+        move.close()
 
 
 def test_what_it_refuses(flow_on, servers):
