@@ -85,6 +85,7 @@ class Alerting:
     :param oldest: seconds for which work is due.
     :param dead: dead letters of a queue.
     :param silent: subscriptions of a queue without a consumer.
+    :param schedules: schedules of a queue that could not dispatch the last time.
     :param mail_to: empty: no mail.
     :param webhook: empty: none. It may hold a secret.
     """
@@ -94,6 +95,7 @@ class Alerting:
     oldest: float
     dead: int
     silent: int
+    schedules: int
     mail_to: str
     webhook: str = field(repr=False)
 
@@ -549,6 +551,7 @@ class _Reader:
             oldest=self.get("QUEUE_ALERT_OLDEST_SECONDS", 300, _number(0, 1e9, float)),
             dead=self.get("QUEUE_ALERT_DEAD_LETTERS", 10, _number(0, 10**9)),
             silent=self.get("QUEUE_ALERT_SILENT_CONSUMERS", 1, _number(0, 10**9)),
+            schedules=self.get("QUEUE_ALERT_FAILING_SCHEDULES", 1, _number(0, 10**9)),
             mail_to=self.get("ALERT_MAIL_TO", "", _mail_to),
             webhook=self.get("ALERT_WEBHOOK_URL", "", _webhook_url),
         )

@@ -312,6 +312,7 @@ class Thresholds(Schema):
     oldestSeconds = fields.Float(required=True)
     deadLetters = _count()
     silentConsumers = _count()
+    failingSchedules = _count()
 
 
 class QueueThresholds(Thresholds):

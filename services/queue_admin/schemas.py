@@ -159,6 +159,9 @@ class ThresholdsSchema(Schema):
     silent_consumers = fields.Int(
         strict=True, data_key="silentConsumers", validate=validate.Range(0, 10**9)
     )
+    failing_schedules = fields.Int(
+        strict=True, data_key="failingSchedules", validate=validate.Range(0, 10**9)
+    )
 
     own = fields.List(fields.Str(validate=validate.OneOf([rule.value for rule in Rule])))
     queue_name = fields.Str(data_key="queueName")

@@ -13,7 +13,9 @@ from shared.settings import Settings
 from shared.store.measures import Rule
 
 COLUMNS = ("id", "status", "beganAt", "endedAt", "sentence")
-THRESHOLDS = ("failurePercent", "oldestSeconds", "deadLetters", "silentConsumers")
+THRESHOLDS = (
+    "failurePercent", "oldestSeconds", "deadLetters", "silentConsumers", "failingSchedules",
+)  # fmt: skip
 
 _A_COUNT = click.IntRange(0, 10**9)
 
@@ -59,6 +61,7 @@ def thresholds(settings: Settings, is_json: bool) -> None:
 @click.option("--oldest-seconds", type=NumberRange(0, 1e9), help="For which work is due.")
 @click.option("--dead-letters", type=_A_COUNT, help="Of the queue.")
 @click.option("--silent-consumers", type=_A_COUNT, help="Subscriptions that nobody consumes.")
+@click.option("--failing-schedules", type=_A_COUNT, help="That could not dispatch the last time.")
 @click.option("--none", "is_none", is_flag=True, help="Take all that it has of its own away.")
 @with_json
 @click.pass_obj
@@ -69,6 +72,7 @@ def set_thresholds(
     oldest_seconds: float | None,
     dead_letters: int | None,
     silent_consumers: int | None,
+    failing_schedules: int | None,
     is_none: bool,
     is_json: bool,
 ) -> None:
@@ -78,6 +82,7 @@ def set_thresholds(
         Rule.OLDEST_SECONDS: oldest_seconds,
         Rule.DEAD_LETTERS: dead_letters,
         Rule.SILENT_CONSUMERS: silent_consumers,
+        Rule.FAILING_SCHEDULES: failing_schedules,
     }
     own = {rule: threshold for rule, threshold in given.items() if threshold is not None}
     if bool(own) == is_none:

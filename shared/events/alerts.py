@@ -15,7 +15,7 @@ from shared.errors import QueueNotKnownError
 from shared.events.dispatcher import make_envelope
 from shared.events.operations import LogClient, Reader
 from shared.settings import Settings
-from shared.store import alerts, listing, log, measures, timers
+from shared.store import alerts, log, measures, timers
 from shared.store.alerts import AlertStatus, News, Thresholds
 from shared.store.measures import Measures, Rule
 from shared.types import Delivery, Priority
@@ -87,12 +87,13 @@ def _named(thresholds: Thresholds) -> dict[str, float]:
         Rule.OLDEST_SECONDS: "oldestSeconds",
         Rule.DEAD_LETTERS: "deadLetters",
         Rule.SILENT_CONSUMERS: "silentConsumers",
+        Rule.FAILING_SCHEDULES: "failingSchedules",
     }
     return {name: alerts.as_given(rule, thresholds[rule]) for rule, name in names.items()}
 
 
 def _queues_and_own(connection: Connection) -> tuple[list[str], dict[str, dict[Rule, float]]]:
-    return listing.queues(connection), alerts.own_thresholds(connection)
+    return measures.queues_of(connection), alerts.own_thresholds(connection)
 
 
 # --- one look

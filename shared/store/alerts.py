@@ -112,6 +112,7 @@ _NOW = {
     Rule.OLDEST_SECONDS: "The oldest work of {queue} is due for {value} s",
     Rule.DEAD_LETTERS: "{queue} has {value} dead letter{s}",
     Rule.SILENT_CONSUMERS: "Work of {queue} waits, and nobody consumes {value} subscription{s}",
+    Rule.FAILING_SCHEDULES: "{value} schedule{s} of {queue} could not dispatch the last time",
 }
 
 _WORST = {
@@ -120,6 +121,7 @@ _WORST = {
     Rule.DEAD_LETTERS: "{queue} had up to {value} dead letter{s}",
     Rule.SILENT_CONSUMERS: "Work of {queue} waited, and nobody consumed up to {value} "
     "subscription{s}",
+    Rule.FAILING_SCHEDULES: "Up to {value} schedule{s} of {queue} could not dispatch",
 }
 
 _WATCHED = {
@@ -127,6 +129,7 @@ _WATCHED = {
     Rule.OLDEST_SECONDS: "how long work of {queue} waits",
     Rule.DEAD_LETTERS: "how many dead letters {queue} has",
     Rule.SILENT_CONSUMERS: "whether anybody consumes subscriptions of {queue}",
+    Rule.FAILING_SCHEDULES: "whether schedules of {queue} can dispatch",
 }
 
 _ABOUT = {
@@ -134,6 +137,7 @@ _ABOUT = {
     Rule.OLDEST_SECONDS: "work of {queue} waited for too long",
     Rule.DEAD_LETTERS: "{queue} had too many dead letters",
     Rule.SILENT_CONSUMERS: "nobody consumed subscriptions of {queue}",
+    Rule.FAILING_SCHEDULES: "schedules of {queue} could not dispatch",
 }
 
 
@@ -156,6 +160,7 @@ def usual(alerting: Alerting) -> Thresholds:
         Rule.OLDEST_SECONDS: alerting.oldest,
         Rule.DEAD_LETTERS: alerting.dead,
         Rule.SILENT_CONSUMERS: alerting.silent,
+        Rule.FAILING_SCHEDULES: alerting.schedules,
     }
 
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from sqlalchemy import Connection, func, literal, select
 
 from shared.lifecycle import DeliveryStatus, MessageStatus
-from shared.store.gauges import SubscriptionGauges, subscription_gauges
+from shared.store.gauges import SubscriptionGauges, schedule_gauges, subscription_gauges
 from shared.store.listing import queues
-from shared.tables import messages
+from shared.tables import messages, schedules
 
 m = messages.c
 
@@ -39,9 +39,10 @@ class Rule(StrEnum):
     OLDEST_SECONDS = "oldest_seconds"
     DEAD_LETTERS = "dead_letters"
     SILENT_CONSUMERS = "silent_consumers"
+    FAILING_SCHEDULES = "failing_schedules"
 
 
-COUNTS = (Rule.DEAD_LETTERS, Rule.SILENT_CONSUMERS)
+COUNTS = (Rule.DEAD_LETTERS, Rule.SILENT_CONSUMERS, Rule.FAILING_SCHEDULES)
 """Those of which there is a whole number."""
 
 
@@ -49,7 +50,7 @@ class Measure(NamedTuple):
     """How much of something there is.
 
     :param value: ``None`` where that cannot be said.
-    :param subscribers: whom it is about.
+    :param subscribers: whom it is about; of schedules, their names.
     """
 
     value: float | None
@@ -61,19 +62,29 @@ Measures = Mapping[str, Mapping[Rule, Measure]]
 
 
 def measure(connection: Connection, now: datetime) -> Measures:
-    """Measure all queues that have a message or a subscription."""
+    """Measure all queues that have a message, a subscription or a schedule."""
     by_queue: dict[str, list[SubscriptionGauges]] = defaultdict(list)
     for each in subscription_gauges(connection, now):
         by_queue[each.subscription.queue].append(each)
+    failing: dict[str, list[str]] = defaultdict(list)
+    for schedule in schedule_gauges(connection):
+        failing[schedule.queue] += [schedule.name] if schedule.is_failing else []
     return {
         queue: {
             Rule.FAILURE_PERCENT: Measure(failure_percent(connection, queue, now)),
             Rule.OLDEST_SECONDS: _oldest(by_queue[queue]),
             Rule.DEAD_LETTERS: _dead(by_queue[queue]),
             Rule.SILENT_CONSUMERS: _silent(by_queue[queue]),
+            Rule.FAILING_SCHEDULES: Measure(len(failing[queue]), failing[queue]),
         }
-        for queue in queues(connection)
+        for queue in queues_of(connection)
     }
+
+
+def queues_of(connection: Connection) -> list[str]:
+    """Return the queues that are measured."""
+    scheduled = connection.execute(select(schedules.c.queue_name).distinct()).scalars()
+    return sorted({*queues(connection), *scheduled})
 
 
 def _oldest(its: Sequence[SubscriptionGauges]) -> Measure:

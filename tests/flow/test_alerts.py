@@ -236,7 +236,7 @@ def test_thresholds_are_set_by_call_and_command(plain_site):
     changed = put(QUEUE, deadLetters=1, oldestSeconds=0)
     assert changed == {
         "queueName": QUEUE, "failurePercent": 0, "oldestSeconds": 0, "deadLetters": 1,
-        "silentConsumers": 1, "own": ["dead_letters", "oldest_seconds"],
+        "silentConsumers": 1, "failingSchedules": 1, "own": ["dead_letters", "oldest_seconds"],
     }  # fmt: skip
     site.failed()
     wait_until(lambda: site.alerts()["firing"], SECONDS, "an alert")

@@ -14,7 +14,7 @@ from shared.contracts.alert import QueueAlert
 from shared.database import Database
 from shared.errors import QueueNotKnownError
 from shared.events import alerts as events
-from shared.events.direct import DirectAlerts, DirectClient
+from shared.events.direct import DirectAlerts, DirectClient, DirectSchedules
 from shared.native import sleep
 from shared.settings import load_settings
 from shared.store import alerts, measures, subscriptions, timers
@@ -22,6 +22,7 @@ from shared.store.measures import Measure, Rule, failure_percent
 from shared.tables import alerts as alerts_table
 from shared.tables import audit_log
 from shared.tables import messages as messages_table
+from shared.tables import schedules as schedules_table
 from shared.tables import subscriptions as subscriptions_table
 from shared.tables import timers as timers_table
 from shared.types import Delivery, new_message_id
@@ -73,6 +74,7 @@ class TestEpisode:
         said = [news.summary for news in store.do(alerts.move, its, {"orders": LIMITS})]
         assert said == [
             "orders has 12.3 dead letters; 10 is the threshold.",
+            "12.3 schedules of orders could not dispatch the last time; 10 is the threshold.",
             "12.3 % of the newest messages of orders fail; 10 is the threshold.",
             "The oldest work of orders is due for 12.3 s; 10 is the threshold.",
             "Work of orders waits, and nobody consumes 12.3 subscriptions; 10 is the threshold.",
@@ -80,6 +82,7 @@ class TestEpisode:
         limit = "; 10 is the threshold."
         assert [each["sentence"] for each in shown(store)["firing"]] == [
             "orders had up to 12.3 dead letters; 10 is the threshold.",
+            "Up to 12.3 schedules of orders could not dispatch; 10 is the threshold.",
             "Up to 12.3 % of the newest messages of orders failed; 10 is the threshold.",
             "The oldest work of orders was due for up to 12.3 s; 10 is the threshold.",
             f"Work of orders waited, and nobody consumed up to 12.3 subscriptions{limit}",
@@ -217,7 +220,7 @@ class TestThresholds:
         assert its.thresholds()["queues"] == [
             {
                 "queueName": "orders", "failurePercent": 10, "oldestSeconds": 300,
-                "deadLetters": 2, "silentConsumers": 1, "own": [],
+                "deadLetters": 2, "silentConsumers": 1, "failingSchedules": 1, "own": [],
             }
         ]  # fmt: skip
         done = [(row.actor, row.action, row.target) for row in site.store.rows(audit_log)]
@@ -285,6 +288,34 @@ class TestMeasures:
         assert self.rule(store, Rule.SILENT_CONSUMERS).value == 0
         store.do(lambda tx: tx.connection.execute(update(subscriptions_table).values(seen_at=None)))
         assert self.rule(store, Rule.SILENT_CONSUMERS) == Measure(1, ["audit.note"])
+
+    def test_failing_is_a_schedule_whose_last_dispatch_failed(self, site: Site) -> None:
+        """Given two into a queue that nobody knows else, of which one is paused later."""
+        desk = DirectSchedules(site.client)
+        its = {"queue_name": "nights", "message_type": "fell", "payload": {}, "cron": "0 2 * * *"}
+        for name in ("one", "other"):
+            desk.put("ada", name, **its)
+        assert self.of_nights(site) == Measure(0, [])
+        site.store.do(
+            lambda tx: tx.connection.execute(
+                update(schedules_table).values(error="too long", error_at=tx.now)
+            )
+        )
+        assert self.of_nights(site) == Measure(2, ["one", "other"])
+        desk.pause("ada", "other")
+        assert self.of_nights(site) == Measure(1, ["one"])
+        assert [site.look(), site.look()] == [[], ["failing_schedules firing"]]
+        [alert] = DirectAlerts(site.client).alerts()["firing"]
+        said = "Up to 1 schedule of nights could not dispatch (one); 1 is the threshold."
+        assert (alert["queueName"], alert["sentence"]) == ("nights", said)
+        changed = DirectAlerts(site.client).set_thresholds(
+            "ada", "nights", {Rule.FAILING_SCHEDULES: 2}
+        )
+        assert (changed["failingSchedules"], changed["own"]) == (2, ["failing_schedules"])
+
+    def of_nights(self, site: Site) -> Measure:
+        measured = site.store.do(lambda tx: measures.measure(tx.connection, tx.now))
+        return measured["nights"][Rule.FAILING_SCHEDULES]
 
 
 class TestTimer:

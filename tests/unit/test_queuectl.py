@@ -15,6 +15,7 @@ from shared.database import Database, database_url
 from shared.native import sleep
 from shared.settings import load_settings
 from shared.store import subscriptions
+from shared.store.measures import Rule
 from shared.store.subscriptions import SILENT_AFTER_SECONDS
 from shared.types import Subscription
 
@@ -92,18 +93,18 @@ class TestThresholds:
         """Given what is the queue's own, and a usual one that is changed then."""
         its = {
             "failurePercent": "0.25", "oldestSeconds": "90.5",
-            "deadLetters": "100", "silentConsumers": "2",
+            "deadLetters": "100", "silentConsumers": "2", "failingSchedules": "3",
         }  # fmt: skip
         options = {
             "failurePercent": "--failure-percent", "oldestSeconds": "--oldest-seconds",
             "deadLetters": "--dead-letters", "silentConsumers": "--silent-consumers",
+            "failingSchedules": "--failing-schedules",
         }  # fmt: skip
         self.set(*[word for name in its for word in (options[name], its[name])], env=log_settings)
         table = queuectl("alerts", "thresholds", env=log_settings).stdout
         [row] = [line for line in table.splitlines() if line.startswith("orders")]
-        assert row.split()[1:5] == list(its.values())
-        own = "failure_percent, oldest_seconds, dead_letters, silent_consumers"
-        assert set(row.split(maxsplit=5)[5].split(", ")) == set(own.split(", "))
+        assert row.split()[1:6] == list(its.values())
+        assert set(row.split(maxsplit=6)[6].strip().split(", ")) == set(Rule)
         shown = queuectl("alerts", "thresholds", "--json", env=log_settings).stdout
         [queue] = json.loads(shown, parse_float=str, parse_int=str)["queues"]
         again = [word for name in its for word in (options[name], queue[name])]
