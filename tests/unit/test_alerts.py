@@ -88,6 +88,16 @@ class TestEpisode:
             f"Work of orders waited, and nobody consumed up to 12.3 subscriptions{limit}",
         ]
 
+    def test_shows_its_threshold_as_it_may_be_given(self, store: Log) -> None:
+        limits = {"orders": {**LIMITS, Rule.FAILURE_PERCENT: 0.25, Rule.DEAD_LETTERS: 100.0}}
+        its = {"orders": {rule: Measure(100) for rule in limits["orders"]}}
+        for _ in range(2):
+            store.do(alerts.move, its, limits)
+        firing = {each["rule"]: each for each in shown(store)["firing"]}
+        assert firing["failure_percent"]["sentence"].endswith("; 0.25 is the threshold.")
+        assert str(firing["failure_percent"]["threshold"]) == "0.25"
+        assert str(firing["dead_letters"]["threshold"]) == "100"
+
     def test_does_not_begin_by_one_look(self, store: Log) -> None:
         assert told(store, 10, 9, 10, 9, 10, None, 10, 0) == []
         assert store.rows(alerts_table) == []
