@@ -57,7 +57,15 @@ _T = TypeVar("_T")
 
 
 class CommitUncertainError(StoreUnavailableError):
-    """Raised when the connection broke during COMMIT, so that its fate is unknown."""
+    """Raised when the connection broke during COMMIT, so that its fate is unknown.
+
+    :param is_whole: all of the transaction went with its COMMIT: the server may have nothing of it
+        so far, and get it later.
+    """
+
+    def __init__(self, reason: str, *, is_whole: bool = False) -> None:
+        super().__init__(reason)
+        self.is_whole = is_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +307,8 @@ class Database:
         except BaseException as exc:
             if isinstance(driver, NativeConnection) and driver.may_be_committed:
                 self.drop_connection()
-                raise CommitUncertainError(str(getattr(exc, "orig", None) or exc)) from exc
+                reason = str(getattr(exc, "orig", None) or exc)
+                raise CommitUncertainError(reason, is_whole=True) from exc
             self._roll_back()
             if isinstance(exc, DBAPIError) and exc.connection_invalidated:
                 self.drop_connection()

@@ -127,6 +127,7 @@ class Pump(ABC):
         self._connected = False
         self._trouble: str | None = None
         self._finishing = False
+        self._is_storing_again = False
         self._gate = self._make_gate()
         self._sign_at = 0.0
         self._die_at: float | None = None
@@ -371,43 +372,65 @@ class Pump(ABC):
         self._unsaved += turn.outcomes
         for append in turn.appends:
             error = DispatchError(f"nothing was stored: {exc}")
-            if isinstance(exc, CommitUncertainError):
-                error = DispatchUncertainError(turn.ids_of(append), str(exc))
             self._mailbox.answer(append.promise.reject, error)
         for call in calls:
             self._mailbox.answer(call.promise.reject, exc)
 
     def _resolve_uncertain(self, turn: Turn, exc: CommitUncertainError) -> None:
-        """Store events once more of which nobody knows whether they are, by the same ids.
+        """Find out whether a COMMIT took place, by the ids that the client made.
 
-        To look for them does not decide it: they may be on their way to the server yet, all of
-        the transaction with its COMMIT. After this, what comes late is refused as a duplicate.
+        Where the whole transaction went with it, to look does not decide that: it may arrive yet.
+        So it is stored once more, and what comes late is refused as a duplicate.
 
-        :raises CommitUncertainError: when all are stored once more already.
+        :raises CommitUncertainError: when that is what failed.
         """
-        if turn.appends and all(append.again for append in turn.appends):
+        if self._is_storing_again:
             raise exc
         self._say_unreachable(exc)
         self._unsaved += turn.outcomes
-        left = Turn(appends=[replace(append, again=True) for append in turn.appends])
+        left = Turn([replace(append, again=True) for append in turn.appends], firsts=turn.firsts)
         turn.appends, turn.outcomes = [], []
         deadline = monotonic() + UNCERTAIN_SECONDS
         while left.appends and monotonic() < deadline:
             try:
-                self._decide(left)
-                self._do(left)
+                stored = self._decided(left)
+                if exc.is_whole:
+                    self._store_again(left)
+                else:
+                    self._tell_fate(left, stored, exc)
             except (QueueError, SQLAlchemyError):
                 sleep(RECONNECT_SECONDS / 5)
         for append in left.appends:
-            ids = [envelope.id for envelope in append.envelopes]
-            self._mailbox.answer(append.promise.reject, DispatchUncertainError(ids, str(exc)))
+            error = DispatchUncertainError(left.ids_of(append), str(exc))
+            self._mailbox.answer(append.promise.reject, error)
 
-    def _decide(self, turn: Turn) -> None:
-        """Take up what is stored of these; raise where a transaction is open that stores any."""
-        ids = [envelope.id for append in turn.appends for envelope in append.envelopes]
+    def _decided(self, turn: Turn) -> set[str]:
+        """Return which of these are stored, and take them up; raise while one may yet be.
+
+        That is while a transaction which stores any is open.
+        """
+        ids = [id_ for append in turn.appends for id_ in turn.ids_of(append)]
+        own = [envelope.id for append in turn.appends for envelope in append.envelopes]
         with self._database.transaction() as tx:
-            log.ensure_decided(tx, ids)
-            self._take_back(tx, ids)
+            stored = log.decided_ids(tx, ids)
+            self._take_back(tx, own)
+        return stored
+
+    def _store_again(self, turn: Turn) -> None:
+        self._is_storing_again = True
+        try:
+            self._do(turn)
+        finally:
+            self._is_storing_again = False
+
+    def _tell_fate(self, turn: Turn, stored: set[str], exc: CommitUncertainError) -> None:
+        for append in turn.appends:
+            if stored.issuperset(turn.ids_of(append)):
+                self._mailbox.answer(append.promise.resolve, turn.firsts)
+            else:
+                error = DispatchError(f"nothing was stored: {exc}")
+                self._mailbox.answer(append.promise.reject, error)
+        turn.appends = []
 
     def _take_back(self, tx: Transaction, message_ids: Sequence[str]) -> None:  # noqa: B027
         """See to it that what was to be handed over next, when its COMMIT was lost, is so soon."""

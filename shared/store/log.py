@@ -230,13 +230,13 @@ def stored_ids(tx: Transaction, ids: Sequence[str]) -> set[str]:
     return {row.id for row in _STORED.fetch(tx, {"ids": ids})}
 
 
-def ensure_decided(tx: Transaction, ids: Sequence[str]) -> None:
-    """Make sure that no open transaction stores messages of these ids.
+def decided_ids(tx: Transaction, ids: Sequence[str]) -> set[str]:
+    """Return which of these message ids are stored, where no open transaction stores any.
 
     :raises OperationalError: when one does. Its COMMIT may be on its way to the server yet, or
         wait there, and its client be gone.
     """
-    _DECIDED.fetch(tx, {"ids": ids})
+    return {row.id for row in _DECIDED.fetch(tx, {"ids": ids})}
 
 
 def _with_times(tx: Transaction, envelope: Envelope) -> Envelope:
