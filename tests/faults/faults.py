@@ -20,6 +20,7 @@ from shared.testing.servers import MariaDBServer, RabbitMQServer, RedisServer, S
 from tests.faults.proxy import Proxy
 from tests.faults.world import Member, World
 from tests.support.processes import NamekoProcess
+from tests.support.waiting import wait_until
 
 Breaking = AbstractContextManager[None]
 
@@ -334,8 +335,17 @@ def _limit(process: NamekoProcess, size: int) -> None:
 @contextlib.contextmanager
 def held(path: str, begin: str) -> Iterator[None]:
     """As another program would that was frozen in a transaction."""
-    # who has it may be frozen, or held up itself
-    with closing(sqlite3.connect(path, isolation_level=None, timeout=120)) as connection:
-        connection.execute(begin)
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+    # who has the lock may be frozen; to wait for it in SQLite would keep that from ending
+    with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as connection:
+        wait_until(lambda: _has_begun(connection, begin), 60, f"{begin} on {path}")
         yield
+
+
+def _has_begun(connection: sqlite3.Connection, begin: str) -> bool:
+    try:
+        if not connection.in_transaction:
+            connection.execute(begin)
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+    except sqlite3.OperationalError:
+        return False
+    return True
