@@ -611,7 +611,8 @@ class ApartPump(Pump):
 
     def _take_back(self, tx: Transaction, message_ids: Sequence[str]) -> None:
         backlog.take_back(tx, message_ids)
-        self._alone |= dict.fromkeys(message_ids[: MOST_ALONE - len(self._alone)])
+        if self._provider.capabilities.fans_out:  # else nothing is published without a subscription
+            self._alone |= dict.fromkeys(message_ids[: MOST_ALONE - len(self._alone)])
         self._has_backlog, self._sweep_at = True, 0.0
 
     def _relay(self, turn: ApartTurn) -> None:

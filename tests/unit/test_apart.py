@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from math import inf
+from time import monotonic
 from typing import Any
 from unittest.mock import Mock
 
@@ -162,6 +163,26 @@ class TestBacklog:
         told = [call.args[0] for call in broker_pump._tell.call_args_list]  # type: ignore[attr-defined]
         published = [x.seq for each in told if isinstance(each, Publish) for x in each.deliveries]
         assert published == [delivery.seq]
+
+    @pytest.mark.parametrize("fans_out", [True, False])
+    def test_of_what_a_lost_commit_stored_comes_to_an_end(
+        self, store: Log, broker_pump: ApartPump, fans_out: bool
+    ) -> None:
+        """Given a provider that publishes what no subscription wants, and one that does not."""
+        provider: Any = broker_pump._provider
+        provider.capabilities = Capabilities(leases_expire=False, fans_out=fans_out)
+        store.subscribe()
+        [delivery] = store.do(log.append, [event()], 3, handover=HANDED)
+        broker_pump._is_up = True
+        store.do(broker_pump._take_back, [delivery.message.id])
+
+        broker_pump._turn()
+        send(broker_pump, Published([delivery], [], is_backlog=True))
+        broker_pump._turn()
+        broker_pump._turn()
+
+        assert broker_pump._is_direct
+        assert broker_pump._sweep_at > monotonic()
 
 
 class TestLimits:
