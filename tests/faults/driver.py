@@ -34,6 +34,12 @@ RECOVER_SECONDS = 60.0
 END_SECONDS = 120.0
 """How long after the last fault it may take until more is delivered, as long as any is left."""
 
+IDLE_SECONDS = 3.0
+"""How long a process is looked at that has nothing to do any more."""
+
+IDLE_SHARE = 0.1
+"""How much of one processor such a process may use; about 0.02 was seen."""
+
 
 @dataclass(slots=True)
 class Run:
@@ -145,6 +151,7 @@ def settle(world: World) -> Account:
             account.wrong += lost.wrong
             account.wrong += _left_at_the_provider(world, connection, account)
         account.wrong += _books(world, account)
+        account.wrong += _restless(world)
     finally:
         reader.dispose()
     return account
@@ -247,6 +254,22 @@ def _left(reader: Any, repair: Callable[[], Any] | None = None) -> list[Any]:
             text("SELECT count(*) FROM queue_messages WHERE status NOT IN ('completed', 'failed')")
         ).scalar_one()
     return rows or ([("messages", pending)] if pending else [])
+
+
+def _restless(world: World) -> list[str]:
+    """Say who uses the processor, though nothing is left to do: a loop that something broke into
+    and that does not end costs no event, and would be seen by nothing else."""
+    before = {member.name: member.process.processor_seconds() for member in world.members}
+    eventlet.sleep(IDLE_SECONDS)
+    shares = {
+        member.name: (member.process.processor_seconds() - before[member.name]) / IDLE_SECONDS
+        for member in world.members
+    }
+    return [
+        f"{name} has nothing to do, and uses {share:.0%} of a processor"
+        for name, share in shares.items()
+        if share > IDLE_SHARE
+    ]
 
 
 def _left_at_the_provider(world: World, connection: Any, account: Account) -> list[str]:

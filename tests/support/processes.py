@@ -51,6 +51,11 @@ class NamekoProcess:
     def pid(self) -> int:
         return self.process.pid
 
+    def processor_seconds(self) -> float:
+        """Return how much processor time it has used, as proc(5) has it in ``stat``."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def kill(self) -> None:
         """SIGKILL: nothing is finished, nothing handed back."""
         self.process.send_signal(signal.SIGCONT)
