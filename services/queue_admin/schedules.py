@@ -22,6 +22,11 @@ class ScheduleCalls:
         """Show the schedules: when they are next, and what each dispatched last."""
         return {"schedules": self.scheduling.schedules()}
 
+    @http("GET", "/queue/schedules/<name>", answers=answers.Schedule, refusals=[404])
+    def schedule(self, _request: Request, name: str) -> Any:
+        """Show a schedule."""
+        return self.scheduling.schedule(name)
+
     @http("PUT", "/queue/schedules/<name>", schema=ScheduleSchema, answers=answers.Schedule)
     def put_schedule(self, request: Request, body: dict[str, Any], name: str) -> Any:
         """Make a schedule, or change the one of that name; one that is paused stays so."""

@@ -470,6 +470,9 @@ NIGHTLY = {
 }  # fmt: skip
 
 
+FORM = "Make or change a schedule"
+
+
 class TestSchedules:
     def test_are_paused_resumed_and_run_by_keyboard(self, site, visit):
         visit.link("Schedules").click()
@@ -498,21 +501,22 @@ class TestSchedules:
 
     def test_are_made_changed_and_removed(self, site, visit):
         visit.link("Schedules").click()
-        visit.page.get_by_text("Make a schedule", exact=True).press("Enter")
-        form = visit.page.get_by_role("form", name="Make a schedule")
+        visit.page.get_by_text(FORM, exact=True).press("Enter")
+        form = visit.page.get_by_role("form", name=FORM)
         fields = {
             "Name": "made-here", "Queue": "elsewhere", "Event type": "hour.struck",
             "Cron expression": "0 */2 * * *", "Time zone": "Mars",
             "Payload": '{"long": 12345678901234567890, "one": 1.0}',
+            "Metadata": '{"team": "night", "one": 1.0}',
         }  # fmt: skip
         for label, text in fields.items():
             form.get_by_label(label, exact=True).fill(text)
         form.get_by_label("Priority").select_option("high")
-        visit.button("Make it", form).press("Enter")
+        visit.button("Save", form).press("Enter")
         expect(visit.result()).to_contain_text("timeZone: must be a time zone")
         # what was written is there still
         form.get_by_label("Time zone").fill("Europe/Berlin")
-        visit.button("Make it", form).press("Enter")
+        visit.button("Save", form).press("Enter")
 
         expect(visit.result()).to_have_text("made-here: At the start of every 2nd hour.")
         row = visit.row("made-here")
@@ -522,19 +526,20 @@ class TestSchedules:
         assert (made["queueName"], made["messageType"]) == ("elsewhere", "hour.struck")
         assert (made["priority"], made["timeZone"]) == ("high", "Europe/Berlin")
         assert made["payload"] == {"long": 12345678901234567890, "one": 1.0}
+        assert made["metadata"] == {"team": "night", "one": 1.0}
 
         # one of the same name is not changed unasked
         for label, text in {**fields, "Cron expression": "5 * * * *", "Time zone": "UTC"}.items():
             form.get_by_label(label, exact=True).fill(text)
         form.get_by_label("Payload").fill("{nonsense")
-        visit.button("Make it", form).click()
+        visit.button("Save", form).click()
         visit.button("Keep it as it is").click()
         assert schedules(site, "made-here") == [made]
-        visit.button("Make it", form).click()
+        visit.button("Save", form).click()
         visit.button("Change it").click()
         expect(visit.result()).to_contain_text("The payload is not JSON")
         form.get_by_label("Payload").fill("[]")
-        visit.button("Make it", form).click()
+        visit.button("Save", form).click()
         visit.button("Change it").click()
         expect(row).to_contain_text("At minute 5 of every hour")
 
@@ -544,6 +549,28 @@ class TestSchedules:
         expect(row).to_have_count(0)
         assert schedules(site, "made-here") == []
         visit.forgive("422")
+
+    def test_are_edited_and_keep_what_is_not_touched(self, site, visit):
+        metadata = {"team": "night", "long": 12345678901234567890}
+        made = schedule(site, "edited", payload={"one": 1.0}, metadata=metadata, priority="high")
+        visit.open("schedules")
+
+        visit.button("Edit edited").press("Enter")
+
+        form = visit.page.get_by_role("form", name=FORM)
+        expect(form.get_by_label("Cron expression")).to_be_focused()
+        expect(form.get_by_label("Metadata")).to_have_value(
+            '{\n  "team": "night",\n  "long": 12345678901234567890\n}'
+        )
+        form.get_by_label("Cron expression").fill("5 * * * *")
+        form.get_by_label("Cron expression").press("Enter")
+        visit.button("Change it").click()
+        expect(visit.row("edited")).to_contain_text("At minute 5 of every hour")
+        [now] = schedules(site, "edited")
+        kept = ("queueName", "messageType", "payload", "metadata", "timeZone", "priority")
+        assert [now[each] for each in kept] == [made[each] for each in kept]
+        # 1 and 1.0 are equal in Python
+        assert repr(now["payload"]) == repr(made["payload"])
 
     def test_show_what_is_text_as_text_and_why_one_failed(self, site, visit):
         markup = "<img src=x onerror=alert(1)>"

@@ -2,6 +2,7 @@
 
 import { fetchText, get, path, post, remove } from "./api.js";
 import { h } from "./dom.js";
+import { member, pretty } from "./json.js";
 import {
   breakable,
   button,
@@ -18,6 +19,10 @@ import {
 } from "./parts.js";
 
 const COLUMNS = ["Schedule", "Queue and event type", "When", "Next", "Last", "Missed", "Do"];
+
+const TEXTS = ["queueName", "messageType", "cron", "timeZone", "priority"];
+
+const JSONS = ["payload", "metadata"];
 
 const PRIORITIES = ["urgent", "high", "normal", "low"];
 
@@ -48,7 +53,7 @@ function maker(isThere) {
     const name = value("name");
     const ask = isThere(name) && {
       question: `Change ${name}?`,
-      text: "There is a schedule of that name. All that it is now is replaced by what you wrote.",
+      text: "There is a schedule of that name. All that it is now is replaced by what is in the form.",
       yes: "Change it",
     };
     run(form.querySelector("button"), () => make(form, name, value), ask);
@@ -56,10 +61,10 @@ function maker(isThere) {
   return h(
     "details",
     { "data-key": "make" },
-    h("summary", null, "Make a schedule"),
+    h("summary", null, "Make or change a schedule"),
     h(
       "form",
-      { class: "editor", "aria-label": "Make a schedule", "data-kept": true, onsubmit },
+      { class: "editor", "aria-label": "Make or change a schedule", "data-kept": true, onsubmit },
       h(
         "div",
         { class: "fields" },
@@ -77,29 +82,29 @@ function maker(isThere) {
           options: PRIORITIES.map((each) => option(each, "normal")),
         }),
       ),
-      field("Payload", "payload", {
-        tag: "textarea",
-        rows: 4,
-        spellcheck: "false",
-        options: ["{}"],
-      }),
-      h("div", { class: "buttons" }, h("button", { class: "primary" }, "Make it")),
+      area("Payload", "payload"),
+      area("Metadata", "metadata", "A JSON object that travels along."),
+      h("div", { class: "buttons" }, h("button", { class: "primary" }, "Save")),
     ),
   );
 }
 
+function area(label, name, hint) {
+  return field(label, name, { tag: "textarea", rows: 4, spellcheck: "false", options: ["{}"] }, hint);
+}
+
 async function make(form, name, value) {
-  const text = value("payload");
-  try {
-    JSON.parse(text);
-  } catch (error) {
-    say(`The payload is not JSON: ${error.message}`, true);
-    return null;
+  for (const each of JSONS) {
+    try {
+      JSON.parse(value(each));
+    } catch (error) {
+      say(`The ${each} is not JSON: ${error.message}`, true);
+      return null;
+    }
   }
-  const its = ["queueName", "messageType", "cron", "timeZone", "priority"];
-  const others = JSON.stringify(Object.fromEntries(its.map((each) => [each, value(each)])));
+  const texts = JSON.stringify(Object.fromEntries(TEXTS.map((each) => [each, value(each)])));
   // the text as it is: parsed and written again, long numbers would be others
-  const body = `${others.slice(0, -1)}, "payload": ${text}}`;
+  const body = `${texts.slice(0, -1)}, ${JSONS.map((each) => `"${each}": ${value(each)}`)}}`;
   const made = JSON.parse(await fetchText("PUT", path`/queue/schedules/${name}`, body));
   form.reset();
   return `${name}: ${made.sentence}.`;
@@ -115,7 +120,7 @@ function row(each) {
       each.enabled ? (time(each.nextAt) ?? "never") : status("paused"),
       last(each),
       number(each.skipped),
-      h("div", { class: "buttons" }, pause(each), runNow(each), removal(each)),
+      h("div", { class: "buttons" }, pause(each), runNow(each), edit(each), removal(each)),
     ],
   };
 }
@@ -145,6 +150,21 @@ function runNow(each) {
     return `${each.name} was dispatched. The message is under Last.`;
   };
   return button("Run now", act, { name: `Run now: ${each.name}` });
+}
+
+function edit(each) {
+  const act = async () => {
+    const text = await fetchText("GET", path`/queue/schedules/${each.name}`);
+    const its = JSON.parse(text);
+    const details = document.querySelector('[data-key="make"]');
+    const { elements } = details.querySelector("form");
+    for (const name of ["name", ...TEXTS]) elements[name].value = its[name];
+    for (const name of JSONS) elements[name].value = pretty(member(text, name));
+    details.open = true;
+    elements.cron.focus();
+    return `${each.name} is in the form below.`;
+  };
+  return button("Edit", act, { name: `Edit ${each.name}` });
 }
 
 function removal(each) {
