@@ -14,7 +14,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pymysql.err import MySQLError
 from sqlalchemy import URL, ColumnElement, Connection, Engine, create_engine, event, func, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
@@ -119,16 +118,16 @@ def _as_reader(make: Callable[..., Engine], url: URL, sleep: Sleep) -> Engine:
 
 @contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """Connect for SELECTs alone, past any transaction: what is only looked at locks nothing.
+    """Connect for SELECTs alone, which lock nothing and wait for nobody's transaction.
 
-    :raises SQLAlchemyError: also where the connection is lost before the first of them.
+    :raises SQLAlchemyError: also where the connection is lost before the first of them, or when
+        it is given back.
     """
     with engine.connect() as connection:
-        try:
+        # elsewhere a SELECT locks nothing within a transaction, either, and what the driver raises
+        # as this is set and taken back again is no SQLAlchemyError
+        if engine.dialect.name == "sqlite":
             connection.execution_options(isolation_level="AUTOCOMMIT")
-        except MySQLError as exc:
-            connection.invalidate()
-            raise OperationalError("SET AUTOCOMMIT", None, exc) from exc
         yield connection
 
 

@@ -28,6 +28,8 @@ class JoinedTurn(Turn):
     """A turn, and what it reserves."""
 
     leases: list[Lease] = field(default_factory=list)
+    resumed: list[Lease] = field(default_factory=list)
+    """What runs here already: it lost its lease, and has another one."""
     grants: dict[int, Grant] = field(default_factory=dict)
     """By subscription, of those with limits."""
     had_settled: bool = False
@@ -158,7 +160,7 @@ class JoinedPump(Pump):
         return self._gate.ask(tx, self._held(), {x: room * n for x, n in self._batches.items()})
 
     def _move(self, tx: Transaction, turn: JoinedTurn) -> None:
-        turn.leases = []
+        turn.leases, turn.resumed = [], []
         if turn.new:
             self._provider.publish(turn.new, tx)
         if turn.stored:
@@ -182,17 +184,19 @@ class JoinedPump(Pump):
         if not turn.leases:
             return
         turn.touched |= {lease.delivery.message.id for lease in turn.leases}
-        started = attempts.start(tx, turn.leases, self._worker)
-        turn.leases = started.run
+        running = self._active.keys()
+        started = attempts.start(tx, turn.leases, self._worker, running=running)
+        turn.leases, turn.resumed = started.run, started.resumed
         if turn.leases and self._settings.drain:
             moving.mark(tx, [lease.delivery.seq for lease in turn.leases], None)
-        turn.had_settled = bool(started.settled)
+        turn.had_settled = bool(started.settled or started.resumed)
         if started.settled:
             self._provider.settle(started.settled, tx)
 
     def _answer(self, turn: JoinedTurn) -> None:
         self._may_have_more = turn.had_settled
         self._confirm(turn)
+        self._active |= {lease.delivery.seq: lease for lease in turn.resumed}
         if turn.leases:
             if not self._active:
                 self._renew_at = monotonic() + self._settings.lease / 3

@@ -358,13 +358,16 @@ def finish(
     stored: list[Outcome] = []
     refused: list[Outcome] = []
     superseded = set()
+    running = dict(rows)
     for outcome in outcomes:
-        state = rows.get(outcome.lease.delivery.seq)
+        state = running.get(outcome.lease.delivery.seq)
         is_ours = state is not None and (
             _is_held(state, outcome.lease) or _is_unbegun(state, outcome.lease)
         )
         (stored if is_ours else refused).append(outcome)
-        if not is_ours and state is not None and _is_kept(state):
+        if is_ours:
+            del running[outcome.lease.delivery.seq]  # another would end the same lease
+        elif state is not None and _is_kept(state):
             superseded.add(outcome.lease.key)
     done = [x for x in stored if x.status == DeliveryStatus.COMPLETED]
     others = [x for x in stored if x.status != DeliveryStatus.COMPLETED]
@@ -454,6 +457,7 @@ def record(tx: Transaction, outcomes: Sequence[Outcome]) -> tuple[list[Outcome],
         if state is None or not _is_held(state, outcome.lease):
             refused.append(outcome)
         else:
+            del states[state.seq]  # another would end the same lease
             stored.append(outcome)
             ended[outcome.status].append((state, outcome))
     for status, its in ended.items():

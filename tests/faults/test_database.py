@@ -11,7 +11,6 @@ import eventlet
 import pymysql
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 
 from shared import database
 from shared.database import Database, database_url
@@ -169,26 +168,39 @@ def test_who_looks_through_all_there_is_may_take_longer(mariadb_log, monkeypatch
         each.close()
 
 
-@pytest.mark.parametrize("kind", ["of a thread", "of a service"])
-def test_a_connection_that_is_lost_as_it_is_made_is_said_in_one_way(mariadb_log, monkeypatch, kind):
+def test_a_connection_that_is_lost_as_it_is_made_is_said_in_one_way(mariadb_log, monkeypatch):
     """Not by what the driver raises, which nobody expects."""
-    url = database_url(load_settings(mariadb_log))
+    lose_at_autocommit(monkeypatch, True)
+    its = Database(database_url(load_settings(mariadb_log)), sleep)
+    with pytest.raises(StoreUnavailableError):
+        its.read(lambda tx: tx.connection.execute(text("SELECT 1")).scalar())
+    its.close()
 
+
+@pytest.mark.parametrize("value", [True, False])
+def test_who_only_reads_of_a_service_does_not_change_the_connection(
+    mariadb_log, monkeypatch, value
+):
+    """Lost as that is done or undone, it is said by the driver: a service that starts ends."""
+    engine = database.make_engine(database_url(load_settings(mariadb_log)), sleep)
+    number = text("SELECT connection_id()")
+    with database.reading(engine) as connection:
+        first = connection.execute(number).scalar_one()
+    lose_at_autocommit(monkeypatch, value)
+
+    with database.reading(engine) as connection:
+        assert connection.execute(number).scalar_one() == first
+
+    assert engine.pool.checkedout() == 0
+    engine.dispose()
+
+
+def lose_at_autocommit(monkeypatch, lost):
     def set_autocommit(_connection, value):
-        if value:
+        if value is lost:
             raise pymysql.err.OperationalError(2013, "Lost connection")
 
     monkeypatch.setattr(pymysql.connections.Connection, "autocommit", set_autocommit)
-    if kind == "of a thread":
-        its = Database(url, sleep)
-        with pytest.raises(StoreUnavailableError):
-            its.read(lambda tx: tx.connection.execute(text("SELECT 1")).scalar())
-        its.close()
-    else:
-        engine = database.make_engine(url, sleep)
-        with pytest.raises(SQLAlchemyError), database.reading(engine) as connection:
-            connection.execute(text("SELECT 1"))
-        engine.dispose()
 
 
 def test_who_froze_in_a_transaction_keeps_its_locks_for_seconds_only(mariadb_log, monkeypatch):

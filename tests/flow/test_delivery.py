@@ -120,6 +120,27 @@ def test_a_frozen_worker_cannot_settle_what_was_taken_over(flow):
     assert not delivery["worker"].endswith(f":{frozen.pid}")
 
 
+@pytest.mark.parametrize("backend_flow", ["embedded"], indirect=True)
+def test_a_worker_that_gets_back_what_it_still_runs_goes_on_with_it(flow):
+    """One beside a broker is tested with its pump alone: it takes minutes to lose a lease."""
+    workers = [flow.run(RECORDER, QUEUE_LEASE_SECONDS="1") for _ in range(2)]
+    message_id = flow.send("thing.happened", {"sleep": 6})
+    (begun,) = flow.effects.wait_for(1, handler="first", what="ran")
+    wait_until(lambda: status_of(flow, message_id, "second") == "completed", 5, "its sibling")
+    frozen, other = sorted(workers, key=lambda worker: worker.pid != begun["pid"])
+
+    os.kill(frozen.pid, signal.SIGSTOP)
+    flow.effects.wait_for(2, handler="first", what="ran", timeout=15)
+    other.kill()
+    os.kill(frozen.pid, signal.SIGCONT)
+
+    message = flow.wait_for_status(message_id, "completed")
+    assert len(flow.effects.all(handler="first", what="ran")) == 2
+    delivery = message["deliveries"][0]
+    assert (delivery["attempts"], delivery["takeovers"]) == (1, 1)
+    assert delivery["worker"].endswith(f":{frozen.pid}")
+
+
 def test_terminate_finishes_what_is_short_and_hands_back_what_is_long(flow):
     worker = flow.run(RECORDER, QUEUE_GRACE_SECONDS="1.5")
     short = flow.send("thing.happened", {"sleep": 0.7})

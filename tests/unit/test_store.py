@@ -814,6 +814,23 @@ class TestRecord:
             assert store.record(outcome) == ([], [outcome])
         assert (store.delivery(delivery.seq), store.message(delivery.message.id)) == before
 
+    @pytest.mark.parametrize("is_apart", [False, True])
+    @pytest.mark.parametrize("status", [COMPLETED, FAILED, RETRY, PENDING])
+    def test_of_two_outcomes_of_one_lease_stores_the_first(
+        self, store: Log, delivery: Delivery, status: DeliveryStatus, is_apart: bool
+    ) -> None:
+        """A handler that lost its lease runs twice in a worker that got it again."""
+        lease = Lease(delivery, 1)
+        store.start(lease)
+        first, second = Outcome(lease, status, BOOM), Outcome(lease, RETRY, BOOM)
+        if is_apart:
+            assert store.do(attempts.finish, [first, second], "w", 0.0)[:2] == ([first], [second])
+        else:
+            assert store.record(first, second) == ([first], [second])
+        row = store.delivery(delivery.seq)
+        assert (row.status, row.attempts) == (status, 0 if status == PENDING else 1)
+        assert len(store.history(delivery.seq)) == (0 if status == COMPLETED else 1)
+
     def test_refuses_what_was_never_started(self, store: Log, delivery: Delivery) -> None:
         outcome = Outcome(Lease(delivery, 0), COMPLETED)
         assert store.record(outcome) == ([], [outcome])
