@@ -307,11 +307,13 @@ class _Audit:
 TRACEBACK = re.compile(r"^Traceback .*\n(?:^(?:[ \t].*)?\n)+(^\S.*)$", re.MULTILINE)
 
 CHAINED = re.compile(
-    r"^\S.*\n+(?:The above exception was|During handling of) .*\n+Traceback .*\n", re.MULTILINE
+    r"(?:^\S.*\n)+\n+(?:The above exception was|During handling of) .*\n+Traceback .*\n",
+    re.MULTILINE,
 )
 """What is between the tracebacks of an exception and of the one that it led to."""
 
-OF_A_DATABASE = ("sqlalchemy.exc.", "pymysql.err.")
+OF_A_DATABASE = ("sqlalchemy.exc.", "pymysql.err.", "greenlet.GreenletExit")
+"""How those of a database begin; the last is a worker that is ended while it waits for one."""
 
 EXPECTED = ("ToldToFailError", "tests.faults.apps.sink.ToldToFailError")
 
@@ -320,13 +322,18 @@ def tracebacks(world: World) -> Counter[str]:
     """Count the errors in the logs of the processes that came with a traceback."""
     found: Counter[str] = Counter()
     for path in world.folder.glob("process-*.log"):
-        said = path.read_text(errors="replace")
-        said = CHAINED.sub("  because of it\n", said)
-        for match in TRACEBACK.finditer(said):
-            # a handler whose own database fails says so, as any that raises; and so does its
-            # pool, of a connection that it cannot even roll back
-            is_own = any(each in match[0] for each in ("in _run_once", "in _finalize_fairy"))
-            is_of_handler = is_own and match[1].startswith(OF_A_DATABASE)
-            if not match[1].startswith(EXPECTED) and not is_of_handler:
-                found[match[1][:200]] += 1
+        found += unexpected(path.read_text(errors="replace"))
+    return found
+
+
+def unexpected(said: str) -> Counter[str]:
+    """Count by their last lines the tracebacks in a log that nothing which was broken explains."""
+    found: Counter[str] = Counter()
+    for match in TRACEBACK.finditer(CHAINED.sub("  because of it\n", said)):
+        # a handler whose own database fails says so, as any that raises; and so does its
+        # pool, of a connection that it cannot even roll back
+        is_own = any(each in match[0] for each in ("in _run_once", "in _finalize_fairy"))
+        is_of_handler = is_own and match[1].startswith(OF_A_DATABASE)
+        if not match[1].startswith(EXPECTED) and not is_of_handler:
+            found[match[1][:200]] += 1
     return found

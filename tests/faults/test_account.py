@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import text
 
 from shared.database import database_url, make_engine
-from tests.faults.account import check
+from tests.faults.account import check, unexpected
 from tests.faults.driver import settle
 from tests.faults.world import World
 from tests.support.waiting import wait_until
@@ -153,6 +153,50 @@ def test_what_is_wrong_in_a_database_is_found(
 ) -> None:
     change(world, name, *statements)
     assert any(each in wrong(world) for each in said.split("|"))
+
+
+LOST = """\
+Traceback (most recent call last):
+  File "pool.py", line 1, in connect
+pymysql.err.OperationalError: (2003, "Can't connect")
+
+The above exception was the direct cause of the following exception:
+
+"""
+DUPLICATE = """\
+Traceback (most recent call last):
+  File "inbox.py", line 1, in _begin
+sqlalchemy.exc.IntegrityError: (1062, "Duplicate entry")
+[SQL: INSERT INTO sink_inbox]
+(Background on this error at: somewhere)
+
+During handling of the above exception, another exception occurred:
+
+"""
+ENDED = """\
+Traceback (most recent call last):
+  File "handler.py", line 1, in {}
+sqlalchemy.exc.OperationalError: (2003, "Can't connect")
+[SQL: SELECT 1]
+2026-11-30 02:05:01,117 INFO    what comes next
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        (ENDED.format("_run_once"), {}),
+        (DUPLICATE + LOST + ENDED.format("_run_once"), {}),
+        (ENDED.format("_turn"), {'sqlalchemy.exc.OperationalError: (2003, "Can\'t connect")': 1}),
+        (LOST + ENDED.format("_turn") + "Traceback (most recent call last):\n  x\nKeyError: 1\n", {
+            'sqlalchemy.exc.OperationalError: (2003, "Can\'t connect")': 1,
+            "KeyError: 1": 1,
+        }),
+    ],
+    ids=["a handler's database", "more than one line of it", "another's database", "two"],
+)  # fmt: skip
+def test_what_nothing_explains_is_found_in_a_log(said: str, found: dict[str, int]) -> None:
+    assert unexpected(said) == found
 
 
 def test_a_refused_event_that_is_stored_is_found(world: World) -> None:
