@@ -455,7 +455,9 @@ class ApartPump(Pump):
         full.has_sweep = self._may_sweep and now >= self._sweep_at
         if self._unbegun and now >= self._begin_at:
             full.unbegun = list(self._unbegun.values())
-        is_due = len(self._published) >= MOST_PUBLISHED or now >= self._publish_at
+        # at the end nobody notes it later: it would count as in hand, as if this process had died
+        is_due = self._finishing or now >= self._publish_at
+        is_due |= len(self._published) >= MOST_PUBLISHED
         # what is not noted to be published keeps others from what is newer
         if self._published and (is_due or full.has_sweep):
             full.published = self._published

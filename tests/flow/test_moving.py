@@ -316,6 +316,25 @@ def test_what_comes_to_the_old_provider_meanwhile_tells_who_sent_it(flow_on, ser
         move.close()
 
 
+@pytest.mark.parametrize(("old", "new"), [("redis", "rabbitmq"), ("rabbitmq", "redis")])
+def test_what_was_dispatched_just_before_a_restart_is_carried_over(flow_on, servers, old, new):
+    """Given that nobody is there yet to consume from either."""
+    flow = flow_on({**servers, "QUEUE_PROVIDER": old})
+    there = {"QUEUE_PROVIDER": new, "QUEUE_PROVIDER_DRAIN": old}
+    assert flow.run(FLEET, ready=2, PER_SECOND="0.1").terminate() == 0
+    ids = flow.send_many([("task.put_off", {"n": n}) for n in range(3)])
+    flow.stop_source()
+
+    command = ["migrate", "--from", old, "--to", new, "--json"]
+    done = CliRunner().invoke(main, command, env=flow.env)
+
+    report = json.loads(done.stdout)
+    assert (report["carried"], report["dropped"], report["isComplete"]) == (3, 0, True)
+    flow.run(FLEET, ready=2, PER_SECOND="0.1", **there)
+    for each in ids:
+        flow.wait_for_status(each, "completed", 10)
+
+
 def test_what_it_refuses(flow_on, servers):
     flow = flow_on({**servers, "QUEUE_PROVIDER": "redis"})
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
+from sqlalchemy import select
 
+from shared.tables import deliveries as d
 from tests.flow.conftest import BACKENDS
 from tests.support.waiting import wait_until
 
@@ -92,6 +94,21 @@ def test_interrupt_finishes_what_is_short_and_hands_back_what_is_long(flow_on):
     assert worker.process.wait(5) == 0
     assert flow.message(short)["status"] == "completed"
     assert_unburnt(flow, long)
+
+
+def test_who_dispatched_last_leaves_nothing_in_hand(flow):
+    """Given a consumer that is away: else others would publish it once more, much later."""
+    assert flow.run(TALLY).terminate() == 0
+    sent = [flow.send("unit.sent", {"n": n}) for n in range(3)]
+
+    flow.stop_source()
+
+    with flow.reading() as connection:
+        in_hand = select(d.c.message_id).where(d.c.lease_expires_at.is_not(None))
+        assert connection.execute(in_hand).scalars().all() == []
+    flow.run(TALLY)
+    for n, message_id in enumerate(sent):
+        flow.effects.wait_for(1, id=message_id, n=n)
 
 
 def needs_namespaces():

@@ -14,7 +14,7 @@ import pytest
 from shared.database import CommitUncertainError
 from shared.errors import StoreUnavailableError
 from shared.events.apart import ApartPump
-from shared.events.commands import Append, Publish, Published, Reserved, Settle
+from shared.events.commands import Append, Finish, Publish, Published, Reserved, Settle
 from shared.native import Mailbox, Promise
 from shared.providers import Capabilities
 from shared.settings import load_settings
@@ -92,6 +92,25 @@ class TestDispatches:
         assert [dispatch(), dispatch()] == ["completed", "completed"]
         store.subscribe()
         assert dispatch() == "pending"
+
+    @pytest.mark.parametrize("has_turned", [True, False])
+    def test_that_are_published_are_noted_before_the_end(
+        self, store: Log, pump: ApartPump, has_turned: bool
+    ) -> None:
+        """Given what the provider took just before: it is in nobody's hands then."""
+        store.subscribe()
+        [sent] = store.do(log.append, [event()], 3, handover=HANDED)
+        send(pump, Published([sent], [], False))
+        if has_turned:
+            pump._turn()
+        assert store.delivery(sent.seq).lease_expires_at is not None
+        pump._thread = Mock()
+
+        send(pump, Finish())
+        pump._turn()
+        pump._end()
+
+        assert store.delivery(sent.seq).lease_expires_at is None
 
 
 class TestOutcomes:
