@@ -20,6 +20,7 @@ eventlet.monkey_patch()
 import argparse  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
+import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
@@ -148,12 +149,14 @@ class World:
         process = subprocess.Popen([QUEUECTL, "migrate", "--from", old, "--to", new], env=env)
         wait_until(lambda: self.at(new) > WAITING // 2, 300, "half of it", every=0.2)
         process.kill()
-        process.wait()
+        if process.wait() != -signal.SIGKILL:
+            raise RuntimeError("the move was over before it could be killed")
 
     def at(self, provider: str) -> int:
+        """Count what waits at a provider: what was handled there has its name, too."""
         with self._reader.connect() as connection:
             its = d.c.ready.is_(True) if provider == "embedded" else d.c.provider == provider
-            query = select(func.count()).where(its)
+            query = select(func.count()).where(its, d.c.status.in_(["pending", "retry"]))
             return int(connection.execute(query).scalar_one())
 
     def stop(self, name: str) -> None:
