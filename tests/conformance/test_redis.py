@@ -242,6 +242,27 @@ class TestPublishingAgain:
         provider.publish([replace(sent, token=1)])
         assert seqs(provider.reserve({PLACED.id: 1}, 1)) == [sent.seq]
 
+    def test_by_a_log_that_has_moved_on_takes_the_place(self, provider: RedisProvider) -> None:
+        """Given a worker that drops its copy only then, since the log has told it to."""
+        [sent] = make_deliveries(1)
+        provider.publish([sent])
+        [lease] = provider.reserve({PLACED.id: 1}, 1)
+        provider.publish([replace(sent, token=lease.token + 1)])
+
+        assert [each.lease for each in provider.settle([acknowledged(lease)])] == [lease]
+        [again] = provider.reserve({PLACED.id: 9}, 9)
+        assert (again.delivery.seq, again.token) == (sent.seq, lease.token + 2)
+
+    def test_by_a_log_that_has_moved_on_has_the_time_of_the_log(
+        self, provider: RedisProvider
+    ) -> None:
+        [sent] = make_deliveries(1)
+        provider.publish([replace(sent, delay=3600.0)])
+        provider.publish([replace(sent, token=1)])
+        assert seqs(provider.reserve({PLACED.id: 9}, 9)) == [sent.seq]
+        [stats] = provider.get_queue_stats([PLACED])
+        assert stats.scheduled == 0
+
     def test_of_another_log_takes_the_place(self, provider: RedisProvider) -> None:
         """Given what is left of a log that was thrown away, whose numbers begin anew."""
         provider.publish(make_deliveries(3))

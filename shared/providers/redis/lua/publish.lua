@@ -1,7 +1,8 @@
 #!lua
 -- Queue deliveries. One that is here already is left as it is, but for a dead letter, which
--- comes back; and so is one that was settled just now, unless its token says that the log
--- knows of its earlier leases, and will see by itself what is to be done.
+-- comes back, and for one with an older token, whose place it takes; and so is one that was settled
+-- just now, unless its token says that the log knows of its earlier leases, and will see by itself
+-- what is to be done.
 --
 -- KEYS  as in _queue.lua
 -- ARGV  1 the channel; then for each delivery a line and the envelope. The line: its place
@@ -13,7 +14,8 @@
 local now = milliseconds()
 local queued, woken = 0, {}
 
--- A seq of another message: of a log that was thrown away, or restored from a backup.
+-- A seq of another message, of a log that was thrown away or restored from a backup; or a copy that
+-- the log has moved on from.
 local function forget(place, seq)
   for _, key in pairs(place) do redis.call('ZREM', key, seq) end
 end
@@ -29,6 +31,9 @@ local function record_for(place, seq, given)
   if record.id ~= given.id or record.subscription ~= given.subscription then
     forget(place, seq)
     record.token = record.token + 1
+  elseif given.token > record.token then
+    -- the log refuses whoever has this copy, and has it dropped: that must not take the new one
+    forget(place, seq)
   elseif redis.call('ZREM', place.dead, seq) == 0 then
     return nil
   end
