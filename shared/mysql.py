@@ -12,11 +12,13 @@ import contextlib
 from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
+from struct import Struct
 from typing import Any
 
-from pymysql.connections import Connection
-from pymysql.constants import CLIENT, COMMAND, CR, FIELD_TYPE
-from pymysql.err import MySQLError, OperationalError
+from pymysql.connections import MAX_PACKET_LEN, Connection
+from pymysql.constants import CLIENT, COMMAND, CR, FIELD_TYPE, SERVER_STATUS
+from pymysql.converters import escape_string
+from pymysql.err import MySQLError, OperationalError, raise_mysql_exception
 
 from shared.native import socket
 
@@ -26,6 +28,14 @@ MOST_WAITING_BYTES = 1_000_000
 _BINARY = 63
 """The number of the character set of what is no text."""
 
+_HEAD = Struct("<HBB")
+"""What a packet begins with: its size in three bytes, and its number."""
+
+_OK, _END, _ERROR = 0x00, 0xFE, 0xFF
+"""What a packet of that kind begins with."""
+
+_NO_BACKSLASHES = SERVER_STATUS.SERVER_STATUS_NO_BACKSLASH_ESCAPES
+
 
 class NativeConnection(Connection):
     """See the module's docstring.
@@ -33,6 +43,8 @@ class NativeConnection(Connection):
     The statements of a COMMIT that fails may have failed before it: then :attr:`was_refused`
     says that nothing of the transaction is stored.
     """
+
+    _next_seq_id: int
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.was_refused = False
@@ -77,27 +89,63 @@ class NativeConnection(Connection):
         except MySQLError:
             self._refuse()
             raise
-        self._read_query_result()
+        self._skip_result()
         self._is_committed = True
         return rows
 
+    def literal(self, value: Any) -> str:
+        """Return a value as it stands in a statement; the usual ones past pymysql's many checks."""
+        if value is None:
+            return "NULL"
+        if type(value) is int:
+            return str(value)
+        if isinstance(value, str) and not self.server_status & _NO_BACKSLASHES:
+            return f"'{escape_string(value)}'"
+        written: str = self.escape(value)
+        return written
+
     def _read_rows(self) -> list[list[Any]]:
-        first = self._read_packet()
-        if first.is_ok_packet():
+        first = self._read()
+        if first[0] == _OK:
             return []
-        fields = [self._read_packet() for _ in range(first.read_length_encoded_integer())]
-        readers = [_reader_of(field.get_all_data()) for field in fields]
-        self._read_packet()  # the end of the fields
+        readers = [_reader_of(self._read()) for _ in range(first[0])]
+        self._read()  # the end of the fields
         rows = []
-        while not (packet := self._read_packet()).is_eof_packet():
-            values = _parted(packet.get_all_data())
+        while not _is_end(packet := self._read()):
             rows.append(
                 [
                     value if value is None or read is None else read(value)
-                    for value, read in zip(values, readers, strict=True)
+                    for value, read in zip(_parted(packet), readers, strict=True)
                 ]
             )
         return rows
+
+    def _skip_result(self) -> None:
+        """Read the result of a statement that nobody waits for."""
+        if self._read()[0] == _OK:
+            return
+        for _ in ("fields", "rows"):
+            while not _is_end(self._read()):
+                pass
+
+    def _read(self) -> bytes:
+        """Read a packet as ``_read_packet`` does, which makes an object of each.
+
+        :raises MySQLError: what the server says, or that the connection is lost.
+        """
+        data, is_whole = b"", False
+        while not is_whole:
+            low, high, number = _HEAD.unpack(self._read_bytes(_HEAD.size))
+            if number != self._next_seq_id:
+                self._force_close()
+                raise OperationalError(CR.CR_SERVER_LOST, "Lost connection to MySQL server")
+            self._next_seq_id = (number + 1) % 256
+            size = low + (high << 16)
+            data += self._read_bytes(size)
+            is_whole = size < MAX_PACKET_LEN
+        if data[0] == _ERROR:
+            raise_mysql_exception(data)
+        return data
 
     def commit(self) -> None:
         if self._is_committed:
@@ -135,7 +183,7 @@ class NativeConnection(Connection):
         data = sql.encode(self.encoding) if isinstance(sql, str) else sql
         self._execute_command(COMMAND.COM_QUERY, data)
         for _ in waiting:
-            self._read_query_result()
+            self._skip_result()
         self._result = None
 
     def _forget(self) -> None:
@@ -157,6 +205,11 @@ def connect_natively(
 ) -> NativeConnection:
     """SQLAlchemy's event: make such a connection."""
     return NativeConnection(**options)
+
+
+def _is_end(packet: bytes) -> bool:
+    # a row may begin so, too, with the length of a long value
+    return packet[0] == _END and len(packet) < 9
 
 
 def _text(value: bytes) -> str:

@@ -107,7 +107,7 @@ class _Compiled:
         self._mark = "?" if dialect.paramstyle == "qmark" else "%s"
         self._names: list[str] = compiled.positiontup or []
         # what stands between the values, where they are written into the statement here
-        self._between = [text.replace("%%", "%") for text in _VALUE.split(self._sql)]
+        self._before, *between = [text.replace("%%", "%") for text in _VALUE.split(self._sql)]
         self._expanding = set(_EXPANDING.findall(self._sql))
         self._fixed = {
             name: bind.value for name, bind in compiled.binds.items() if not bind.required
@@ -117,6 +117,10 @@ class _Compiled:
             for name, bind in compiled.binds.items()
             if (processor := _bind_processor(bind.type, dialect)) is not None
         }
+        self._places = [
+            (name, self._to_driver.get(name), after)
+            for name, after in zip(self._names, between, strict=self._mark != "?")
+        ]
         selected = list(getattr(statement, "exported_columns", ()))
         names = [column.name for column in selected]
         row_type: Any = namedtuple("row_type", names)  # type: ignore[misc]
@@ -207,16 +211,14 @@ class _Compiled:
 
     def _written(self, driver: NativeConnection, values: Mapping[str, Any]) -> str:
         """Return the statement with its values in it."""
-        parts = [self._between[0]]
-        for name, after in zip(self._names, self._between[1:], strict=True):
+        parts, literal = [self._before], driver.literal
+        for name, process, after in self._places:
             value = values[name] if name in values else self._fixed[name]
             if name in self._expanding:
                 # as _marks does it
-                parts.append(", ".join(map(driver.escape, value)) or "NULL")
-            elif name in self._to_driver:
-                parts.append(driver.escape(self._to_driver[name](value)))
+                parts.append(", ".join(map(literal, value)) or "NULL")
             else:
-                parts.append(driver.escape(value))
+                parts.append(literal(value if process is None else process(value)))
             parts.append(after)
         return "".join(parts)
 

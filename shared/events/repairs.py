@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -410,7 +410,9 @@ def _note(tx: Transaction, actor: str, action: str, message_id: str, **detail: A
 
 def _asked(filters: Filters) -> Mapping[str, Any]:
     """Return what a filter asks for, as JSON."""
-    given = {key: value for key, value in asdict(filters).items() if value not in (None, ANY)}
+    # asdict() would copy ANY, which nothing then is equal to
+    asked = {each.name: getattr(filters, each.name) for each in fields(filters)}
+    given = {key: value for key, value in asked.items() if value not in (None, ANY)}
     return json.loads(json.dumps(given, default=str))
 
 

@@ -322,7 +322,13 @@ class TestRetrying:
         retried = ("retry", "messages by filter")
         assert done == [("retry", f"message {theirs}"), retried, retried]
         assert site.trail()[0]["actor"] == "anonymous@127.0.0.1"
-        assert site.trail()[1]["detail"]["filters"]["exception_type"] == "ValueError"
+        filters = {
+            "exception_type": "ValueError",
+            "status": "failed",
+            "subscriber": FIRST,
+            "text": word,
+        }
+        assert site.trail()[1]["detail"]["filters"] == filters
 
     @pytest.mark.parametrize(
         ("body", "field"),
