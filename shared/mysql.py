@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
-from struct import Struct
+from struct import Struct, pack
 from typing import Any
 
 from pymysql.connections import MAX_PACKET_LEN, Connection
@@ -34,6 +34,9 @@ _HEAD = Struct("<HBB")
 _OK, _END, _ERROR = 0x00, 0xFE, 0xFF
 """What a packet of that kind begins with."""
 
+_AT_ONCE = 1 << 16
+"""How many bytes are asked for at once, at least."""
+
 _NO_BACKSLASHES = SERVER_STATUS.SERVER_STATUS_NO_BACKSLASH_ESCAPES
 
 
@@ -53,11 +56,18 @@ class NativeConnection(Connection):
         """Whether a COMMIT went out with the last statement, and was not refused."""
         self._waiting: list[str] = []
         self._waiting_bytes = 0
+        self._received, self._place = b"", 0
+        # kept by the kernel: for Python's own it is asked before each call whether to make it
+        self._deadlines = {
+            socket.SO_RCVTIMEO: options.pop("read_timeout", None),
+            socket.SO_SNDTIMEO: options.pop("write_timeout", None),
+        }
         flags = options.pop("client_flag", 0) | CLIENT.MULTI_STATEMENTS
         super().__init__(*args, client_flag=flags, **options)
 
     def connect(self, sock: Any = None) -> None:
         self._forget()
+        self._received, self._place = b"", 0
         super().connect(sock or self._connected_socket())
 
     def later(self, sql: str) -> None:
@@ -147,6 +157,37 @@ class NativeConnection(Connection):
             raise_mysql_exception(data)
         return data
 
+    def _read_bytes(self, num_bytes: int) -> bytes:
+        """Return so many bytes of what was received: of one call of the kernel, most often.
+
+        :raises OperationalError: when the connection is lost, or nothing came in time.
+        """
+        end = self._place + num_bytes
+        if end > len(self._received):
+            self._receive(end - len(self._received))
+            end = num_bytes
+        data = self._received[self._place : end]
+        self._place = end
+        return data
+
+    def _receive(self, missing: int) -> None:
+        parts = [self._received[self._place :]]
+        while missing > 0:
+            why = ""
+            try:
+                part = self._sock.recv(max(missing, _AT_ONCE))
+            except BlockingIOError:
+                part, why = b"", " (timed out)"
+            except OSError as exc:
+                part, why = b"", f" ({exc})"
+            if not part:
+                self._force_close()
+                text = f"Lost connection to MySQL server during query{why}"
+                raise OperationalError(CR.CR_SERVER_LOST, text)
+            parts.append(part)
+            missing -= len(part)
+        self._received, self._place = b"".join(parts), 0
+
     def commit(self) -> None:
         if self._is_committed:
             self._is_committed = self.may_be_committed = False
@@ -197,6 +238,9 @@ class NativeConnection(Connection):
             raise OperationalError(CR.CR_CONN_HOST_ERROR, where) from exc
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, seconds in self._deadlines.items():
+            if seconds is not None:
+                made.setsockopt(socket.SOL_SOCKET, option, _timeval(seconds))
         return made
 
 
@@ -205,6 +249,11 @@ def connect_natively(
 ) -> NativeConnection:
     """SQLAlchemy's event: make such a connection."""
     return NativeConnection(**options)
+
+
+def _timeval(seconds: float) -> bytes:
+    """Return a time as setsockopt(2) takes it."""
+    return pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
 
 
 def _is_end(packet: bytes) -> bool:
