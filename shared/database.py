@@ -117,6 +117,15 @@ def _as_reader(make: Callable[..., Engine], url: URL, sleep: Sleep) -> Engine:
 
 
 @contextlib.contextmanager
+def disposing(engine: Engine) -> Iterator[Engine]:
+    """Use an engine for a while, and close what it keeps open. The collector would do it late."""
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+@contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
     """Connect for SELECTs alone, which lock nothing and wait for nobody's transaction.
 

@@ -31,7 +31,7 @@ from services.demo.processes import (
 )
 from services.demo.servers import running
 from services.demo.verdict import SUBSCRIBERS, Claim, Event, events_of, judge
-from shared.database import database_url, make_reader
+from shared.database import database_url, disposing, make_reader
 from shared.settings import Settings, settings_or_exit
 from shared.tables import messages
 
@@ -192,11 +192,11 @@ class Story:
     def _message_ids(self) -> list[str]:
         # of logins and logouts only the log tells the ids; they sort by age
         first = min(person.message_id for person in self.people)
-        engine = make_reader(database_url(self.settings), time.sleep)
+        own = make_reader(database_url(self.settings), time.sleep)
         of_ours = select(messages.c.id).where(
             messages.c.queue_name == self.queue, messages.c.id >= first
         )
-        with engine.connect() as connection:
+        with disposing(own) as engine, engine.connect() as connection:
             return list(connection.scalars(of_ours.order_by(messages.c.id)))
 
     def _revive_dead_letter(self) -> None:

@@ -22,7 +22,14 @@ from shared.cli.rabbitmq import rabbitmq
 from shared.cli.ramps import ramp
 from shared.cli.schedules import schedules
 from shared.cli.transfer import export_messages, import_messages
-from shared.database import database_url, make_engine, make_reader, seconds_between, utc_now
+from shared.database import (
+    database_url,
+    disposing,
+    make_engine,
+    make_reader,
+    seconds_between,
+    utc_now,
+)
 from shared.errors import SettingsError
 from shared.settings import Settings, check_data_dir, load_settings
 from shared.store.migrate import LOG, Migrations, all_migrations, upgrade
@@ -113,7 +120,7 @@ def alive(settings: Settings, service: str) -> None:
     """See whether an instance of SERVICE consumes. For those that answer no HTTP."""
     url = database_url(settings)
     try:
-        with make_reader(url, time.sleep).connect() as connection:
+        with disposing(make_reader(url, time.sleep)) as engine, engine.connect() as connection:
             silent = _seconds_silent(connection, service)
     except SQLAlchemyError as exc:
         said = getattr(exc, "orig", None) or exc
@@ -146,7 +153,8 @@ def db_upgrade(settings: Settings) -> None:
     for migrations in known:
         url = _url(settings, migrations)
         try:
-            reached = upgrade(make_engine(url, time.sleep), migrations)
+            with disposing(make_engine(url, time.sleep)) as engine:
+                reached = upgrade(engine, migrations)
         except SQLAlchemyError as exc:
             said = getattr(exc, "orig", None) or exc
             raise Failure(f"{migrations.name}: {_shown(url)}: {said}") from exc

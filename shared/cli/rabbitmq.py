@@ -10,7 +10,7 @@ import click
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared.cli.failures import Failure, WrongArgument
-from shared.database import database_url, make_reader
+from shared.database import database_url, disposing, make_reader
 from shared.errors import ProviderError, QueueNotFoundError
 from shared.settings import Settings
 from shared.store import subscriptions
@@ -94,7 +94,7 @@ def _redeclare(
 def _subscriptions(settings: Settings) -> list[Subscription]:
     url = database_url(settings)
     try:
-        with make_reader(url, time.sleep).connect() as connection:
+        with disposing(make_reader(url, time.sleep)) as engine, engine.connect() as connection:
             return subscriptions.active(connection)
     except SQLAlchemyError as exc:
         said = getattr(exc, "orig", None) or exc

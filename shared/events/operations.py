@@ -54,6 +54,9 @@ class LogReader(SharedExtension):
     def stop(self) -> None:
         self._engine.dispose()
 
+    def kill(self) -> None:
+        self.stop()
+
     def read(self, query: Callable[..., Any], *args: Any) -> Any:
         """Return what ``query(connection, *args)`` returns.
 
