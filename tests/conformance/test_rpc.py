@@ -159,19 +159,21 @@ class TestExpiry:
 
 
 @pytest.fixture
-def left_behind(lab: ProviderLab) -> Callable[[], object]:
+def left_behind(lab: ProviderLab) -> Iterator[Callable[[], object]]:
     """Says what there is at the server."""
     server = getattr(lab, "server", None)
     nodes = getattr(server, "nodes", [server])
     if hasattr(nodes[0], "client"):
-        return lambda: sorted(key for node in nodes for key in keys(lab, node))
+        yield lambda: sorted(key for node in nodes for key in keys(lab, node))
+        return
     engine = make_reader(database_url(lab.settings), lambda _: None)
 
     def rows() -> object:
         with engine.connect() as connection:
             return connection.execute(rpc_messages.select()).all()
 
-    return rows
+    yield rows
+    engine.dispose()
 
 
 def keys(lab, node):

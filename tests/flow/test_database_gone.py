@@ -1,6 +1,7 @@
 """A database that goes away and comes back."""
 
 import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -38,11 +39,12 @@ def test_a_worker_goes_on_when_the_database_is_back(flow):
     worker = flow.run(RECORDER)
     message_id = flow.send("thing.happened", {"sleep": 1})
     flow.effects.wait_for(1, handler="first", what="ran")
-    connection = sqlite3.connect(flow.folder / "var" / "queue.db", isolation_level=None)
-    connection.execute("BEGIN IMMEDIATE")
-    wait_until(lambda: "unreachable" in worker.output(), 15, "the trouble in the log")
+    path = flow.folder / "var" / "queue.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        wait_until(lambda: "unreachable" in worker.output(), 15, "the trouble in the log")
 
-    connection.execute("ROLLBACK")
+        connection.execute("ROLLBACK")
 
     flow.wait_for_status(message_id, "completed")
     assert "reachable again" in worker.output()

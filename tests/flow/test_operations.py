@@ -5,6 +5,7 @@ import itertools
 import re
 import signal
 import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -704,7 +705,7 @@ def test_a_subscription_that_nobody_consumes_is_said_so_and_retired(flow_on):
     address = f"127.0.0.1:{free_port()}"
     flow.run("services.queue_admin", QUEUE_ADMIN_ADDRESS=address)
     patient.kill()
-    with sqlite3.connect(flow.folder / "var" / "queue.db") as log:
+    with closing(sqlite3.connect(flow.folder / "var" / "queue.db")) as log, log:
         log.execute("UPDATE queue_subscriptions SET seen_at = '2026-01-02 03:04:05.000000'")
     message_id = flow.send("patient.asked", {})
 

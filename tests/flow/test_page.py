@@ -5,6 +5,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import requests
@@ -426,7 +427,10 @@ class TestSubscriptions:
     def test_get_what_they_never_had(self, site, visit):
         for _ in range(2):
             site.publish({}, "day.broke")
-        with sqlite3.connect(site.flow.folder / "var" / "queue.db", timeout=20) as log:
+        with (
+            closing(sqlite3.connect(site.flow.folder / "var" / "queue.db", timeout=20)) as log,
+            log,
+        ):
             log.execute(
                 "INSERT INTO queue_subscriptions (queue_name, source, message_type, subscriber,"
                 " handler_type, reliable, created_at) VALUES ('elsewhere', 'elsewhere',"
@@ -575,7 +579,10 @@ class TestSchedules:
     def test_show_what_is_text_as_text_and_why_one_failed(self, site, visit):
         markup = "<img src=x onerror=alert(1)>"
         schedule(site, "odd", cron="* * * * * *", metadata={"a": markup})
-        with sqlite3.connect(site.flow.folder / "var" / "queue.db", timeout=20) as log:
+        with (
+            closing(sqlite3.connect(site.flow.folder / "var" / "queue.db", timeout=20)) as log,
+            log,
+        ):
             log.execute(
                 "UPDATE queue_schedules SET enabled = 0, next_at = NULL, error = ?,"
                 " error_at = '2026-01-02 03:04:05.000000' WHERE name = 'odd'",

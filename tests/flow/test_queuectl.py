@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,7 @@ def test_a_subscription_is_limited(desk):
 def test_a_subscription_without_a_handler_is_retired(plain_desk):
     desk = plain_desk
     desk.patient.kill()
-    with sqlite3.connect(desk.flow.folder / "var" / "queue.db") as log:
+    with closing(sqlite3.connect(desk.flow.folder / "var" / "queue.db")) as log, log:
         log.execute("UPDATE queue_subscriptions SET seen_at = '2026-01-02 03:04:05.000000'")
     waiting = desk.publish({})
     its = desk.subscription(FIRST)["id"]

@@ -484,3 +484,7 @@ def test_a_wrong_name_ends_the_start_with_one_line(sqlite_log, capsys, name, bas
     assert ended.value.code == 2
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"Error: {said}")
+    # a process would end here; in this one the others' setup goes on, and connects
+    [db] = [each for each in container.dependencies if isinstance(each, DatabaseSession)]
+    wait_until(lambda: hasattr(db, "Session"), 10, "the session to be set up")
+    db.stop()
