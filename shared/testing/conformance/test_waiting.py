@@ -70,6 +70,8 @@ class TestWaiting:
             with elapsed(at_most=worker.lab.promptly):
                 leases = worker.reserve_within(30)
             assert seqs(leases) == process.answer()
+            # a lease is as long as a few rounds may take
+            worker.acknowledge(*leases)
 
     def test_ends_when_this_process_publishes(self, worker: Worker, other: Worker) -> None:
         assert worker.reserve() == []
@@ -85,6 +87,7 @@ class TestWaiting:
                 worker.wait(30)
                 leases = worker.reserve_within(30)
             assert seqs(leases) == seqs(sent)
+            worker.acknowledge(*leases)
 
     def test_ends_when_another_releases(self, worker: Worker, other: Worker) -> None:
         worker.dispatch("placed")
