@@ -46,6 +46,7 @@ from shared.types import (
     new_message_id,
 )
 from tests.conformance.labs import OnRabbitMQ
+from tests.support.processes import freeze
 from tests.support.waiting import PROMPTLY, wait_until
 
 BY_RABBITMQ = {
@@ -803,8 +804,8 @@ class TestSilence:
         provider = new_provider(rabbitmq_server.environment, PLACED)
         reserve(provider)
         assert rabbitmq_server.process is not None
-        os.kill(rabbitmq_server.process.pid, signal.SIGSTOP)
         try:
+            freeze(rabbitmq_server.process.pid)
             # who waits is not kept longer than two heartbeats
             with elapsed(at_most=8):
                 provider.wait(30, interrupt)

@@ -19,7 +19,7 @@ import pymysql
 from shared.testing.servers import MariaDBServer, RabbitMQServer, RedisServer, Server
 from tests.faults.proxy import Proxy
 from tests.faults.world import Member, World
-from tests.support.processes import NamekoProcess
+from tests.support.processes import NamekoProcess, freeze
 from tests.support.waiting import wait_until
 
 Breaking = AbstractContextManager[None]
@@ -134,8 +134,8 @@ def killed(process: NamekoProcess) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
     try:
+        freeze(pid)
         yield
     finally:
         os.kill(pid, signal.SIGCONT)

@@ -18,6 +18,7 @@ from services.queue_admin.openapi import routes_of, statuses_of
 from shared.testing.servers import free_port
 from tests.conftest import migrate
 from tests.flow.conftest import Flow
+from tests.support.processes import freeze
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow
@@ -631,8 +632,8 @@ class TestWhy:
         for message_id in (low, normal, high):
             site.flow.effects.wait_for(1, handler="second", id=message_id)
         pid = site.patient.pid
-        site.patient.process.send_signal(signal.SIGSTOP)
         try:
+            freeze(pid)
             site.pause(FIRST, "resume")
             behind = site.why(low, FIRST)
             assert behind["reason"] == "behind", behind

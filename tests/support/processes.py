@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,9 @@ from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 NAMEKO = Path(sys.executable).parent / "nameko"
+
+STILL = {"T", "t", "Z", "X"}
+"""The states of a thread that does nothing: stopped, or dead."""
 
 
 class NamekoProcess:
@@ -83,6 +87,22 @@ class NamekoProcess:
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
+
+
+def freeze(pid: int) -> None:
+    """SIGSTOP, and return once every thread stands still: until then some may go on and answer."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: _states(pid) <= STILL, 10, lambda: f"{pid} to stop: {_states(pid)}")
+
+
+def _states(pid: int) -> set[str]:
+    """Return the states of a process's threads, as proc(5) has them in ``stat``."""
+    found = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        # one may end meanwhile
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.add(task.read_text().rpartition(")")[2].split()[0])
+    return found
 
 
 class Effects:
