@@ -24,6 +24,7 @@ os = patcher.original("os")
 select = patcher.original("select").select
 sleep = patcher.original("time").sleep
 socket = patcher.original("socket")
+_thread = patcher.original("_thread")
 _threading = patcher.original("threading")
 
 
@@ -187,7 +188,7 @@ class Thread:
 
 def start_natively(function: Callable[..., None], *args: Any) -> None:
     """Call ``function`` in a native thread; from a signal handler, too: no lock is taken."""
-    _threading._start_new_thread(function, args)
+    _thread.start_new_thread(function, args)
 
 
 class Promise:

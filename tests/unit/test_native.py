@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from shared.native import Inbox, select
+from shared.native import Inbox, select, start_natively
 
 
 class Interrupted(deque[Any]):
@@ -47,3 +47,12 @@ class TestInbox:
         inbox.send(3)
         assert is_rung(inbox)
         inbox.close()
+
+
+def test_a_native_thread_runs_while_the_hub_is_kept() -> None:
+    inbox = Inbox()
+    start_natively(inbox.send, "of the thread")
+    # this wait lets no greenthread run
+    assert select([inbox.fileno()], [], [], 10)[0]
+    assert inbox.take() == ["of the thread"]
+    inbox.close()
