@@ -425,7 +425,7 @@ class ApartPump(Pump):
         self._sign_at = monotonic() + SIGN_SECONDS
         self._mailbox.answer(wanted.on_registered, self._mine)
 
-    def _do(self, turn: Turn) -> None:
+    def _do_once(self, turn: Turn) -> None:
         reports, self._reports = self._reports, Reports()
         if reports.reserved:
             reports.reserved = self._run_what_is_fit(reports, turn.outcomes)
@@ -435,23 +435,22 @@ class ApartPump(Pump):
         began = monotonic()
         try:
             self._database.run(partial(self._all_steps, full), durable=bool(turn.appends))
-        except CommitUncertainError as exc:
+        except CommitUncertainError:
             # perhaps they are taken, and nobody else will publish them for long
             reports.unpublished += full.taken
             self._reports = reports
-            self._resolve_uncertain(full, exc)
+            raise
         except BaseException:
             self._reports = reports
             raise
-        else:
-            self.counts.flushed(monotonic() - began, full.size)
-            self._answer(full)
+        self.counts.flushed(monotonic() - began, full.size)
+        self._answer(full)
         turn.appends, turn.outcomes = full.appends, full.outcomes
 
     def _filled(self, turn: Turn, reports: Reports) -> ApartTurn:
         """Return the turn with all that it is time for."""
         now = monotonic()
-        full = ApartTurn(turn.appends, turn.outcomes, reports=reports)
+        full = ApartTurn(turn.appends, turn.outcomes, firsts=turn.firsts, reports=reports)
         full.has_sweep = self._may_sweep and now >= self._sweep_at
         if self._unbegun and now >= self._begin_at:
             full.unbegun = list(self._unbegun.values())

@@ -125,25 +125,29 @@ class JoinedPump(Pump):
         self._may_have_more = True
         self._mailbox.answer(wanted.on_registered, mine)
 
-    def _do(self, turn: Turn) -> None:
+    def _do_once(self, turn: Turn) -> None:
         if not turn.appends and not turn.outcomes and self._room() <= 0:
             return
-        full = JoinedTurn(turn.appends, turn.outcomes)
+        full = JoinedTurn(turn.appends, turn.outcomes, firsts=turn.firsts)
         began = monotonic()
         try:
             # an outcome lost to a power failure is a delivery that comes again
             self._database.run(partial(self._all_steps, full), durable=bool(turn.appends))
-        except CommitUncertainError as exc:
-            self._resolve_uncertain(full, exc)
-        else:
-            self.counts.flushed(monotonic() - began, full.size)
-            self._answer(full)
+        except CommitUncertainError:
+            self._rouse(full)  # who looks in vain at worst
+            raise
+        self.counts.flushed(monotonic() - began, full.size)
+        self._answer(full)
         turn.appends, turn.outcomes = full.appends, full.outcomes
-        if full.new:
-            self._provider.published(full.new)
+        self._rouse(full)
+
+    def _rouse(self, turn: JoinedTurn) -> None:
+        """Wake who may have something to do now."""
+        if turn.new:
+            self._provider.published(turn.new)
         if self._gate.limited:
-            self._gate.told(full.grants)
-            self._rouse_others(full)
+            self._gate.told(turn.grants)
+            self._rouse_others(turn)
 
     def _all_steps(self, turn: JoinedTurn, tx: Transaction) -> None:
         # first of all: so those that wait for each other have nothing else that others wait for

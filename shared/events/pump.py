@@ -17,7 +17,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,12 +34,12 @@ from shared.database import (
 from shared.errors import (
     DispatchError,
     DispatchRefusedError,
-    DispatchUncertainError,
     ProviderError,
     QueueError,
     StoreUnavailableError,
 )
 from shared.events.commands import Append, Call, Consume, Finish
+from shared.events.fate import Fate
 from shared.events.gate import Gate
 from shared.lifecycle import DeliveryStatus
 from shared.native import Mailbox, sleep
@@ -58,9 +58,6 @@ the time after which they count as silent."""
 
 RECONNECT_SECONDS = 0.5
 """How long to wait before a database that went away is tried again."""
-
-UNCERTAIN_SECONDS = 10.0
-"""How long the fate of a COMMIT is looked for before the caller is told that it is unknown."""
 
 RELEASED = Failure("Released", "the worker stopped")
 
@@ -81,11 +78,6 @@ class Turn:
     """By message id: what was dispatched with its key before."""
     alone: list[Envelope] = field(default_factory=list)
     """What no subscription wants, and is yet to be finished."""
-
-    def ids_of(self, append: Append) -> list[str]:
-        """Return the ids by which its events are stored."""
-        firsts = self.firsts
-        return [firsts[e.id].message_id if e.id in firsts else e.id for e in append.envelopes]
 
     @property
     def size(self) -> int:
@@ -127,7 +119,7 @@ class Pump(ABC):
         self._connected = False
         self._trouble: str | None = None
         self._finishing = False
-        self._is_storing_again = False
+        self._fate = Fate(self._database, mailbox, self._store_again, self._take_back)
         self._gate = self._make_gate()
         self._sign_at = 0.0
         self._die_at: float | None = None
@@ -173,8 +165,11 @@ class Pump(ABC):
         """Connect what is not, and register what is to be consumed."""
 
     @abstractmethod
-    def _do(self, turn: Turn) -> None:
-        """Store what a turn has, and whatever goes with it."""
+    def _do_once(self, turn: Turn) -> None:
+        """Store what a turn has, and whatever goes with it.
+
+        :raises CommitUncertainError: when nobody knows whether it is stored.
+        """
 
     @abstractmethod
     def _keep_up(self) -> None:
@@ -255,6 +250,19 @@ class Pump(ABC):
         except (SQLAlchemyError, OSError) as exc:
             raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
 
+    def _do(self, turn: Turn) -> None:
+        try:
+            self._do_once(turn)
+        except CommitUncertainError as exc:
+            self._say_unreachable(exc)
+            self._unsaved += turn.outcomes
+            appends, turn.appends, turn.outcomes = turn.appends, [], []
+            if appends:
+                self._fate.resolve(appends, turn.firsts, exc)
+
+    def _store_again(self, appends: list[Append]) -> None:
+        self._do_once(Turn(appends))
+
     def _do_together_or_singly(self, turn: Turn) -> None:
         """Do a turn; when not all of it can be stored together, find out what cannot."""
         try:
@@ -296,7 +304,8 @@ class Pump(ABC):
     def _store(self, tx: Transaction, turn: Turn, *, is_last: bool = False) -> None:
         """Store what is new and what ended; ``is_last`` as in :func:`shared.store.log.append`."""
         turn.new, turn.stored, turn.refused, turn.touched = [], [], [], set()
-        turn.firsts, turn.alone = {}, []
+        turn.firsts.clear()
+        turn.alone = []
         limit = self._settings.retries.limit
         handover = self._handover
         for again in (False, True):
@@ -375,62 +384,6 @@ class Pump(ABC):
             self._mailbox.answer(append.promise.reject, error)
         for call in calls:
             self._mailbox.answer(call.promise.reject, exc)
-
-    def _resolve_uncertain(self, turn: Turn, exc: CommitUncertainError) -> None:
-        """Find out whether a COMMIT took place, by the ids that the client made.
-
-        Where the whole transaction went with it, to look does not decide that: it may arrive yet.
-        So it is stored once more, and what comes late is refused as a duplicate.
-
-        :raises CommitUncertainError: when that is what failed.
-        """
-        if self._is_storing_again:
-            raise exc
-        self._say_unreachable(exc)
-        self._unsaved += turn.outcomes
-        left = Turn([replace(append, again=True) for append in turn.appends], firsts=turn.firsts)
-        turn.appends, turn.outcomes = [], []
-        deadline = monotonic() + UNCERTAIN_SECONDS
-        while left.appends and monotonic() < deadline:
-            try:
-                stored = self._decided(left)
-                if exc.is_whole:
-                    self._store_again(left)
-                else:
-                    self._tell_fate(left, stored, exc)
-            except (QueueError, SQLAlchemyError):
-                sleep(RECONNECT_SECONDS / 5)
-        for append in left.appends:
-            error = DispatchUncertainError(left.ids_of(append), str(exc))
-            self._mailbox.answer(append.promise.reject, error)
-
-    def _decided(self, turn: Turn) -> set[str]:
-        """Return which of these are stored, and take them up; raise while one may yet be.
-
-        That is while a transaction which stores any is open.
-        """
-        ids = [id_ for append in turn.appends for id_ in turn.ids_of(append)]
-        own = [envelope.id for append in turn.appends for envelope in append.envelopes]
-        with self._database.transaction() as tx:
-            stored = log.decided_ids(tx, ids)
-            self._take_back(tx, own)
-        return stored
-
-    def _store_again(self, turn: Turn) -> None:
-        self._is_storing_again = True
-        try:
-            self._do(turn)
-        finally:
-            self._is_storing_again = False
-
-    def _tell_fate(self, turn: Turn, stored: set[str], exc: CommitUncertainError) -> None:
-        for append in turn.appends:
-            if stored.issuperset(turn.ids_of(append)):
-                self._mailbox.answer(append.promise.resolve, turn.firsts)
-            else:
-                error = DispatchError(f"nothing was stored: {exc}")
-                self._mailbox.answer(append.promise.reject, error)
-        turn.appends = []
 
     def _take_back(self, tx: Transaction, message_ids: Sequence[str]) -> None:  # noqa: B027
         """See to it that what was to be handed over next, when its COMMIT was lost, is so soon."""

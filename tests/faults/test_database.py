@@ -15,7 +15,7 @@ from sqlalchemy import text
 from shared import database
 from shared.database import Database, database_url
 from shared.errors import DispatchError, DispatchUncertainError, StoreUnavailableError
-from shared.events import pump
+from shared.events import fate
 from shared.native import sleep
 from shared.settings import load_settings
 from shared.store.backlog import PUBLISH_SECONDS
@@ -87,7 +87,7 @@ def test_a_transaction_on_its_way_with_its_commit_is_stored_once(
 
 
 def test_a_commit_that_stays_on_its_way_is_uncertain(proxied, monkeypatch):
-    monkeypatch.setattr(pump, "UNCERTAIN_SECONDS", 0.5)
+    monkeypatch.setattr(fate, "UNCERTAIN_SECONDS", 0.5)
     flow, proxy = proxied
     with proxy.catching(b"COMMIT", "to_server"):
         second = eventlet.spawn(flow.send, "thing.happened", {"n": 2})
