@@ -38,6 +38,7 @@ from benchmarks.providers import running  # noqa: E402
 from shared.database import database_url, make_reader  # noqa: E402
 from shared.settings import load_settings  # noqa: E402
 from shared.tables import deliveries as d  # noqa: E402
+from shared.tables import messages  # noqa: E402
 from shared.tables import subscriptions as s  # noqa: E402
 from shared.testing.servers import MariaDBServer, RabbitMQServer, RedisServer  # noqa: E402
 from tests.support.processes import NamekoProcess  # noqa: E402
@@ -159,6 +160,16 @@ class World:
             query = select(func.count()).where(its, d.c.status.in_(["pending", "retry"]))
             return int(connection.execute(query).scalar_one())
 
+    def ticks_per_second(self) -> float:
+        """Return how many came in each second, restarts included, by the times in the log."""
+        m = messages.c
+        with self._reader.connect() as connection:
+            query = select(func.count(), func.min(m.created_at), func.max(m.created_at))
+            count, first, last = connection.execute(
+                query.where(m.message_type == "tick.sent")
+            ).one()
+        return round(count / (last - first).total_seconds(), 1)
+
     def stop(self, name: str) -> None:
         for which, process in self.fleet:
             if which == name:
@@ -247,6 +258,7 @@ def _moved(world: World, old: str, new: str, is_back: bool) -> dict[str, Any]:
         "dropped": given.get("dropped"),
         "receiptIsRight": bool(rows) and given["isComplete"] and all(map(_balances, rows)),
         "auditStatus": audit.returncode,
+        "ticksPerSecond": world.ticks_per_second(),
         **world.account(),
     }
 
