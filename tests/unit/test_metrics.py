@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -183,6 +184,8 @@ class TestOutboxLag:
 
 
 class _Engine:
+    dialect = Mock()
+
     def connect(self) -> Any:
         return self
 
