@@ -151,7 +151,7 @@ def settle(world: World) -> Account:
             account.wrong += lost.wrong
             account.wrong += _left_at_the_provider(world, connection, account)
         account.wrong += _books(world, account)
-        account.wrong += _restless(world)
+        account.wrong += restless(world)
     finally:
         reader.dispose()
     return account
@@ -256,7 +256,7 @@ def _left(reader: Any, repair: Callable[[], Any] | None = None) -> list[Any]:
     return rows or ([("messages", pending)] if pending else [])
 
 
-def _restless(world: World) -> list[str]:
+def restless(world: World) -> list[str]:
     """Say who uses the processor, though nothing is left to do: a loop that something broke into
     and that does not end costs no event, and would be seen by nothing else."""
     before = {member.name: member.process.processor_seconds() for member in world.members}

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import eventlet
 import pytest
@@ -14,8 +18,9 @@ from sqlalchemy import text
 
 from shared.database import database_url, make_engine
 from tests.faults.account import check, unexpected
-from tests.faults.driver import settle
+from tests.faults.driver import restless, settle
 from tests.faults.world import World
+from tests.support.processes import NamekoProcess
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow
@@ -197,6 +202,36 @@ sqlalchemy.exc.OperationalError: (2003, "Can't connect")
 )  # fmt: skip
 def test_what_nothing_explains_is_found_in_a_log(said: str, found: dict[str, int]) -> None:
     assert unexpected(said) == found
+
+
+class Ready:
+    """A process that has started, and then does what it is told to."""
+
+    def __init__(self, code: str) -> None:
+        command = [sys.executable, "-c", f"print(flush=True)\n{code}"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        self.pid = self.process.pid
+        self.processor_seconds = partial(NamekoProcess.processor_seconds, cast(Any, self))
+        assert self.process.stdout is not None
+        self.process.stdout.readline()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_who_does_not_rest_is_found() -> None:
+    ready = {
+        "busy": Ready("while True: pass"),
+        "idle": Ready("import signal; signal.pause()"),
+    }
+    members = [SimpleNamespace(name=name, process=its) for name, its in ready.items()]
+    try:
+        said = restless(cast(Any, SimpleNamespace(members=members)))
+    finally:
+        for each in ready.values():
+            each.close()
+    assert [each.split(" ")[0] for each in said] == ["busy"]
 
 
 def test_a_refused_event_that_is_stored_is_found(world: World) -> None:
