@@ -461,6 +461,9 @@ class RedisSentinel(Server):
         return redis.Redis(HOST, self.port, decode_responses=True, socket_timeout=5)
 
 
+CONTROL_SECONDS = 120.0
+"""How long ``rabbitmqctl`` may take: it begins a whole Erlang node, and others may be busy."""
+
 VHOSTS_AT_ONCE = 20
 """To ask for one takes as long as to ask for many: that of the command line's start."""
 
@@ -571,7 +574,7 @@ class RabbitMQServer(Server):
             capture_output=True,
             text=True,
             check=False,
-            timeout=STOP_SECONDS,
+            timeout=CONTROL_SECONDS,
         )
         if done.returncode:
             raise ServerError(done.stderr + done.stdout)
