@@ -33,7 +33,9 @@ PRIORITIES = ["low", "normal", "normal", "normal", "high", "urgent"]
 
 BOOKED_RETRIES = 100
 
-PAUSE_SECONDS = float(os.environ.get("PAUSE_SECONDS", "0.1"))
+PAUSE_SECONDS = 0.4
+"""Between two calls, on average: with less the processors are busy with events, and not with what
+comes of faults."""
 
 TROUBLES = os.environ.get("TROUBLES", "yes") == "yes"
 """Whether handlers are told to fail, or to take long."""
