@@ -22,18 +22,18 @@ import time  # noqa: E402
 import uuid  # noqa: E402
 from collections.abc import Callable, Iterator, Mapping  # noqa: E402
 from contextlib import ExitStack, contextmanager  # noqa: E402
-from datetime import datetime, timedelta  # noqa: E402
+from datetime import UTC, datetime, timedelta  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import requests  # noqa: E402
-from sqlalchemy import Connection, Engine, event, insert, text  # noqa: E402
+from sqlalchemy import Connection, Engine, event, func, insert, select, text  # noqa: E402
 
 from benchmarks.bench import ROOT, report  # noqa: E402
 from shared.database import database_url, make_engine, make_reader, utc_now  # noqa: E402
 from shared.settings import load_settings  # noqa: E402
 from shared.statements import Prepared  # noqa: E402
-from shared.store import causes, consumers, failures, listing, overview, queries, trail  # noqa: E402
+from shared.store import causes, consumers, failures, listing, overview, queries, stats, trail  # noqa: E402
 from shared.store.listing import Filters  # noqa: E402
 from shared.store.why import Provider, why  # noqa: E402
 from shared.tables import (  # noqa: E402
@@ -42,6 +42,7 @@ from shared.tables import (  # noqa: E402
     deliveries,
     messages,
     subscriptions,
+    totals,
 )
 from shared.tables import causes as causes_table  # noqa: E402
 from shared.tables import failures as failures_table  # noqa: E402
@@ -51,9 +52,10 @@ from tests.conftest import migrate  # noqa: E402
 MESSAGES = 1_000_000
 GOALS_MS = {"sqlite": 100, "mariadb": 50}
 QUEUES, TYPES, GROUPS = 5, 4, 30
-START = datetime(2026, 10, 1)
 SECONDS = 30 * 86_400
+START = datetime.now(UTC).replace(tzinfo=None, microsecond=0) - timedelta(seconds=SECONDS)
 CHUNK = 5_000
+COUNTED = select(func.count().label("queues"), func.sum(totals.c.messages).label("counted"))
 ROUNDS = 10
 
 
@@ -80,6 +82,7 @@ def measure(name: str, count: int) -> bool:
             f"\n{name}: {count:,} messages, filled in {time.monotonic() - start:.0f} s", flush=True
         )
         address = stack.enter_context(queue_admin(folder, env))
+        wait_until_counted(env, count)
         met = [ask(address, path, GOALS_MS[name]) for path in paths(last)]
         print_plans(env, last)
         return all(met)
@@ -212,16 +215,18 @@ def _deed(n: int) -> dict[str, Any]:
 
 
 def paths(last: str) -> Iterator[str]:
-    newest = "2026-10-30T00:00:00Z"
+    newest = f"{START + timedelta(seconds=SECONDS - 86_400):%Y-%m-%dT%H:%M:%SZ}"
+    older = f"{START + timedelta(seconds=SECONDS // 3):%Y-%m-%dT%H:%M:%SZ}"
     yield "/queue/health"
     yield "/queue/stats"
+    yield "/queue/stats/queue-1"
     yield "/queue/messages"
     yield "/queue/messages?limit=100"
     yield "/queue/messages?queue=queue-1"
     yield "/queue/messages?status=failed"
     yield "/queue/messages?status=retry"
     yield "/queue/messages?queue=queue-1&status=failed"
-    yield "/queue/messages?createdTo=2026-10-10T00:00:00Z"
+    yield f"/queue/messages?createdTo={older}"
     yield "/queue/messages?type=thing.happened-2"
     yield "/queue/messages?subscriber=service_3.handle"
     yield "/queue/messages?exceptionType=Error7"
@@ -250,6 +255,19 @@ def ask(address: str, path: str, goal: float) -> bool:
         assert answer.status_code == (503 if path == "/queue/health" else 200), answer.text
     name = path.replace(path.split("/")[3], "<id>") if path.count("/") > 2 else path
     return report(name[:70], statistics.median(took[1:]), "ms", goal, at_least=False)
+
+
+def wait_until_counted(env: Mapping[str, str], count: int) -> None:
+    """Wait until queue_admin has marks in all queues near the end."""
+    start, deadline = time.monotonic(), time.monotonic() + 600
+    engine = make_reader(database_url(load_settings(env)), time.sleep)
+    with engine.connect() as connection:
+        while not (row := connection.execute(COUNTED).one()).queues or row.counted < 0.99 * count:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"counted in ten minutes: {row}")
+            time.sleep(0.5)
+    engine.dispose()
+    print(f"counted once, in {time.monotonic() - start:.0f} s", flush=True)
 
 
 @contextmanager
@@ -319,6 +337,7 @@ def calls(last: str) -> dict[str, Callable[[Connection], Any]]:
         "failures": failures.groups,
         "subscriptions": lambda c: consumers.list_subscriptions(c, utc_now(c), "queue-1"),
         "health": lambda c: queries.silent_subscriptions(c, utc_now(c)),
+        "stats": lambda c: stats.queue_stats(c, "queue-1"),
         "overview": lambda c: overview.overview(c, utc_now(c)),
         "audit log": lambda c: trail.entries(c, None, 50),
     }

@@ -391,6 +391,21 @@ removed = Table(
 )
 """How many deliveries of a subscription were removed with their messages, by how they ended."""
 
+totals = Table(
+    "queue_totals",
+    metadata,
+    Column("queue_name", exact(255), primary_key=True),
+    # The messages stored before this time are counted here.
+    Column("counted_to", millis(), nullable=False),
+    Column("messages", BigInteger, nullable=False),
+    # How many of them have no delivery.
+    Column("unrouted", BigInteger, nullable=False),
+    # When counting began, from the first message on.
+    Column("begun_at", millis(), nullable=False),
+    **TEXT,
+)
+"""How many messages long queues have: a row for those that have enough of them."""
+
 audit_log = Table(
     "queue_audit_log",
     metadata,

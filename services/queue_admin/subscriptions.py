@@ -9,12 +9,15 @@ from werkzeug.wrappers import Request
 from services.queue_admin import answers
 from services.queue_admin.routes import Calls, actor, http
 from services.queue_admin.schemas import LimitsSchema, ReplaySchema, SubscriptionsSchema
+from shared.events.totals import TotalsTimer
 from shared.store.limits import Limits
 from shared.web import Problem
 
 
 class SubscriptionCalls(Calls):
     """See the module's docstring."""
+
+    counting = TotalsTimer()
 
     @http("GET", "/queue/stats", answers=answers.Overview)
     def overview(self, _request: Request) -> Any:

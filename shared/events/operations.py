@@ -23,7 +23,7 @@ from shared.observe.counts import AuditCounts
 from shared.observe.traces import Dispatching
 from shared.providers import QueueProvider
 from shared.settings import Settings, refuse_start, settings_or_exit
-from shared.store import moving, queries, repair
+from shared.store import moving, queries, repair, stats
 from shared.store.gauges import DrainGauges, LogGauges, log_gauges
 from shared.store.log import Handover
 from shared.types import Dedupe, Delivery, Envelope, Subscription
@@ -86,7 +86,7 @@ class MessageLog(DependencyProvider):
 
     def queue_stats(self, queue: str) -> dict[str, Any] | None:
         """Return the counts of a queue; ``None`` when nothing is known of it."""
-        return self.reader.read(queries.queue_stats, queue)
+        return self.reader.read(stats.queue_stats, queue)
 
     def silent_subscriptions(self) -> list[str]:
         """Return who has work waiting and no live consumer."""
@@ -192,7 +192,7 @@ class QueueService(DependencyProvider, Publisher):
 
     def get_queue_stats(self, queue_name: str) -> dict[str, Any] | None:
         """Return the counts of a queue; ``None`` when nothing is known of it."""
-        return self.reader.read(queries.queue_stats, queue_name)
+        return self.reader.read(stats.queue_stats, queue_name)
 
     def retry_message(self, message_id: str) -> int:
         """Let the failed deliveries of a message run again; return how many there are.

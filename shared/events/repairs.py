@@ -37,6 +37,7 @@ from shared.store import (
     overview,
     queries,
     repair,
+    stats,
     subscriptions,
     trail,
 )
@@ -63,7 +64,7 @@ class Operations(Publisher, Replays):
 
     def stats(self, queue: str) -> dict[str, Any] | None:
         """Return the counts of a queue; ``None`` when nothing is known of it."""
-        return self.reader.read(queries.queue_stats, queue)
+        return self.reader.read(stats.queue_stats, queue)
 
     def queues(self) -> list[str]:
         """Return the queues that have a message or a subscription."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import datetime
 from itertools import product
 from typing import Any
@@ -46,7 +47,7 @@ def list_subscriptions(
     if queue is not None:
         wanted = wanted.where(s.queue_name == queue)
     rows = connection.execute(wanted.order_by(s.queue_name, s.message_type, s.subscriber)).all()
-    counts = _counts(connection, [row.id for row in rows])
+    counts = count_open(connection, [row.id for row in rows])
     oldest = _oldest(connection, [row.id for row in rows], now)
     limited = limits.of(connection, [row.id for row in rows])
     return [
@@ -104,16 +105,14 @@ def _shown(row: Any, now: datetime, counts: dict[str, int], oldest: Any) -> dict
         "lastSeenAt": iso(row.seen_at),
         "pausedAt": iso(row.paused_at),
         "pausedBy": row.paused_by,
-        "waiting": counts["waiting"],
-        "scheduled": counts["scheduled"],
-        "active": counts[DeliveryStatus.PROCESSING],
-        "dead": counts[DeliveryStatus.FAILED],
+        **counts,
         "oldestWaitingAt": iso(oldest),
         "oldestWaitingSeconds": age,
     }
 
 
-def _counts(connection: Connection, ids: list[int]) -> dict[int, dict[str, int]]:
+def count_open(connection: Connection, ids: Sequence[int]) -> dict[int, dict[str, int]]:
+    """Return how many deliveries each subscription has: waiting, scheduled, active and dead."""
     counts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     by_status = connection.execute(
         select(d.subscription_id, d.status, func.count().label("number"))
@@ -128,11 +127,15 @@ def _counts(connection: Connection, ids: list[int]) -> dict[int, dict[str, int]]
         .group_by(d.subscription_id)
     )
     scheduled = {row.subscription_id: row.number for row in timed}
-    for each in ids:
-        its = counts[each]
-        its["scheduled"] = scheduled.get(each, 0)
-        its["waiting"] = sum(its[status] for status in WAITING) - its["scheduled"]
-    return counts
+    return {
+        each: {
+            "waiting": sum(counts[each][x] for x in WAITING) - scheduled.get(each, 0),
+            "scheduled": scheduled.get(each, 0),
+            "active": counts[each][DeliveryStatus.PROCESSING],
+            "dead": counts[each][DeliveryStatus.FAILED],
+        }
+        for each in ids
+    }
 
 
 _OLDEST = Prepared(

@@ -1,8 +1,8 @@
 """What the message log holds, in numbers that metrics are made of. Nothing here changes anything.
 
 A scrape comes every few seconds and may find millions of rows. So all is counted in a few
-statements that indices answer: completed deliveries are not counted, but as messages; and
-how long something waits is asked of the first delivery by number alone.
+statements that indices answer: completed deliveries are not counted; completed messages are once,
+and kept; and how long something waits is asked of the first delivery by number alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from sqlalchemy import Connection, Select, and_, func, literal_column, or_, sele
 
 from shared.database import seconds_between, utc_now
 from shared.lifecycle import WAITING, DeliveryStatus
-from shared.store import limits
+from shared.store import limits, totals
+from shared.store.listing import queues_with_messages
+from shared.store.stats import message_counts
 from shared.store.subscriptions import SILENT_AFTER_SECONDS
 from shared.tables import (
     SUBSCRIPTION_COLUMNS,
@@ -172,10 +174,12 @@ def _ramps(connection: Connection) -> dict[str, int]:
 
 
 def _messages(connection: Connection) -> dict[tuple[str, str], int]:
-    rows = connection.execute(
-        select(m.queue_name, m.status, func.count()).group_by(m.queue_name, m.status)
-    )
-    return {(queue, status): count for queue, status, count in rows}
+    return {
+        (queue, status): count
+        for queue in queues_with_messages(connection)
+        for status, count in message_counts(connection, queue, totals.of(connection, queue)).items()
+        if count
+    }
 
 
 def _by_status(connection: Connection, ids: Sequence[int]) -> dict[int, dict[str, int]]:

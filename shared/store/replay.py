@@ -17,7 +17,7 @@ from sqlalchemy import Connection, func, insert, literal, or_, select, union_all
 
 from shared.database import Transaction
 from shared.lifecycle import MessageStatus
-from shared.store import consumers
+from shared.store import consumers, totals
 from shared.store.consumers import OPEN
 from shared.store.listing import FIRST, LAST, Place
 from shared.store.log import seconds_until
@@ -117,16 +117,17 @@ def replay(tx: Transaction, subscription_id: int, ids: Sequence[str], mark: int)
     :raises SubscriptionNotFoundError: when it was retired meanwhile.
     """
     # until this is committed nobody retires it, and discards what it has
-    consumers.find(tx.connection, subscription_id, locks=True)
+    its = consumers.find(tx.connection, subscription_id, locks=True)
     lock(tx, ids)
     wanted = lacking(tx.connection, subscription_id, ids, mark)
     if not wanted:
         return []
     envelopes = envelopes_of(tx, wanted)
+    totals.route(tx, its.queue, wanted)
     rows = [_row(tx, subscription_id, envelopes[each]) for each in wanted]
     tx.connection.execute(insert(deliveries), rows)
-    its = d.subscription_id == subscription_id, d.message_id.in_(wanted)
-    newest_of = select(d.message_id, func.max(d.seq).label("seq")).where(*its)
+    added = d.subscription_id == subscription_id, d.message_id.in_(wanted)
+    newest_of = select(d.message_id, func.max(d.seq).label("seq")).where(*added)
     seqs = {x.message_id: x.seq for x in tx.connection.execute(newest_of.group_by(d.message_id))}
     refresh(tx, wanted)
     return [

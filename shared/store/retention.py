@@ -31,7 +31,7 @@ from sqlalchemy import (
 from shared.database import Transaction
 from shared.lifecycle import FINAL, DeliveryStatus, MessageStatus
 from shared.statements import Prepared
-from shared.store import failures
+from shared.store import failures, totals
 from shared.store.listing import queues_with_messages
 from shared.store.summary import lock
 from shared.tables import alerts, attempts, audit_log, causes, deliveries, messages, removed
@@ -223,6 +223,7 @@ def remove(tx: Transaction, stretch: Stretch, ids: Sequence[str]) -> Removed:
         _REMOVE_ATTEMPTS.change(tx, {"seqs": seqs})
         _REMOVE_DELIVERIES.change(tx, {"seqs": seqs})
         _count(tx, its)
+    totals.remove(tx, stretch.queue, good, {*good} - {row.message_id for row in its})
     _REMOVE_CAUSES.change(tx, {"ids": good})
     _REMOVE_MESSAGES.change(tx, {"ids": good})
     return Removed(len(good), len(seqs))

@@ -16,7 +16,7 @@ from nameko.testing.services import dummy, entrypoint_hook
 
 from shared.database import database_url, make_reader
 from shared.events import EventDispatcher
-from shared.store import queries
+from shared.store import stats
 from shared.testing.servers import RabbitMQServer
 from tests.flow.conftest import Flow
 from tests.flow.plainly import Vhost
@@ -70,7 +70,7 @@ def register(vhost: Vhost) -> Iterator[Callable[..., None]]:
 def company_stats(fleet: Flow) -> dict[str, Any]:
     reader = make_reader(database_url(fleet.settings), lambda _: None)
     with reader.connect() as connection:
-        found = queries.queue_stats(connection, "user-events") or {}
+        found = stats.queue_stats(connection, "user-events") or {}
     reader.dispose()
     return found
 

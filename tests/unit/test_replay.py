@@ -14,7 +14,7 @@ from services.queue_admin.schemas import ReplaySchema
 from shared.errors import PayloadError, SubscriptionNotFoundError
 from shared.events.direct import DirectClient, DirectOperations
 from shared.settings import load_settings
-from shared.store import audit, backlog, queries, repair, replay, subscriptions, trail
+from shared.store import audit, backlog, repair, replay, stats, subscriptions, trail
 from shared.store.gauges import log_gauges
 from shared.store.replay import RANK, Stretch
 from shared.tables import deliveries as deliveries_table
@@ -122,9 +122,9 @@ def test_what_nobody_was_subscribed_to_is_routed(desk: Desk) -> None:
     assert desk.run_all(its)["replayed"] == 3
 
     assert desk.store.message(first).status == "pending"
-    stats = desk.store.do(lambda tx: queries.queue_stats(tx.connection, "orders"))
-    assert stats is not None
-    assert (stats["unrouted"], stats["pending"]) == (0, 3)
+    found = desk.store.do(lambda tx: stats.queue_stats(tx.connection, "orders"))
+    assert found is not None
+    assert (found["unrouted"], found["pending"]) == (0, 3)
     assert desk.store.do(lambda tx: audit.misdrawn(tx.connection)) == set()
     assert desk.store.do(lambda tx: audit.elsewhere(tx.connection, is_joined=True)) == []
 

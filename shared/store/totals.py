@@ -1,0 +1,177 @@
+"""How many messages a queue has, without counting them all each time.
+
+Up to a mark, a time that lies a little back, they were counted once; what came since is counted
+when somebody asks. A service moves the marks on in small steps. Whoever removes messages from
+before a mark, or gives one of them its first delivery, takes that off the total in the same
+transaction. Once a day each count begins anew: so it also finds what was stored before its mark
+belatedly, in a transaction that took longer than the mark lies back, or by a clock set back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    delete,
+    exists,
+    func,
+    insert,
+    select,
+    update,
+)
+
+from shared.database import Transaction
+from shared.lifecycle import MessageStatus
+from shared.store.listing import FIRST
+from shared.tables import deliveries, messages, totals
+
+LAG_SECONDS = 60.0
+"""How far marks lie back, at least: longer than a transaction takes that stores messages."""
+
+STEP = 1000
+"""Completed messages by which a mark is moved on; to count fewer is no work."""
+
+AGAIN_SECONDS = 86_400.0
+"""After how long a count begins anew."""
+
+d = deliveries.c
+m = messages.c
+t = totals.c
+
+_IS_ALONE = ~exists().where(d.message_id == m.id)
+
+
+class Total(NamedTuple):
+    """What was counted of a queue.
+
+    :param counted_to: messages that were stored before this time are.
+    :param messages: how many these are.
+    :param unrouted: how many of them have no delivery; they all are completed.
+    """
+
+    counted_to: datetime = FIRST
+    messages: int = 0
+    unrouted: int = 0
+
+
+def of(connection: Connection, queue: str) -> Total:
+    """Return what was counted of a queue; of most nothing is."""
+    row = connection.execute(_row(queue)).first()
+    return Total(row.counted_to, row.messages, row.unrouted) if row else Total()
+
+
+def count_alone(
+    connection: Connection, queue: str, status: MessageStatus, since: datetime, before: datetime
+) -> tuple[int, datetime | None]:
+    """Return how many messages have no delivery, and when the first of them was stored."""
+    its = _stored(queue, status, since, before)
+    counted = select(func.count(), func.min(m.created_at)).select_from(messages)
+    count, first = connection.execute(counted.where(*its, _IS_ALONE)).one()
+    return count, first
+
+
+def due(connection: Connection, queue: str, now: datetime) -> bool:
+    """Say whether :func:`advance` would have something to do."""
+    row = connection.execute(_row(queue)).first()
+    mark = FIRST if row is None else row.counted_to
+    return _is_old(row, now) or _end(connection, queue, mark, now) is not None
+
+
+def advance(tx: Transaction, queue: str) -> None:
+    """Move the mark of a queue on by a step, if there is enough for one."""
+    row = tx.connection.execute(_row(queue).with_for_update()).first()
+    if _is_old(row, tx.now):
+        tx.connection.execute(delete(totals).where(t.queue_name == queue))
+        row = None
+    mark = FIRST if row is None else row.counted_to
+    end = _end(tx.connection, queue, mark, tx.now)
+    if end is None:
+        return
+    its = [_stored(queue, status, mark, end) for status in MessageStatus]
+    count = sum(_count(tx.connection, *each) for each in its)
+    alone, _ = count_alone(tx.connection, queue, MessageStatus.COMPLETED, mark, end)
+    if row is None:
+        first = {"messages": count, "unrouted": alone, "begun_at": tx.now}
+        new = insert(totals).values(queue_name=queue, counted_to=end, **first)
+        tx.connection.execute(new)
+    else:
+        more = {"messages": t.messages + count, "unrouted": t.unrouted + alone}
+        moved = update(totals).where(t.queue_name == queue)
+        tx.connection.execute(moved.values(counted_to=end, **more))
+
+
+def remove(tx: Transaction, queue: str, ids: Collection[str], alone: Collection[str]) -> None:
+    """Take off messages that are about to be removed.
+
+    :param alone: those of them that have no delivery.
+    """
+
+    def counted(is_counted: ColumnElement[bool]) -> tuple[int, int]:
+        return (
+            _count(tx.connection, m.id.in_(ids), is_counted),
+            _count(tx.connection, m.id.in_(alone), is_counted) if alone else 0,
+        )
+
+    _take_off(tx, queue, counted)
+
+
+def route(tx: Transaction, queue: str, ids: Collection[str]) -> None:
+    """Take off what is unrouted of messages that are about to get a delivery."""
+    _take_off(
+        tx,
+        queue,
+        lambda is_counted: (0, _count(tx.connection, m.id.in_(ids), is_counted, _IS_ALONE)),
+    )
+
+
+def _take_off(
+    tx: Transaction, queue: str, counted: Callable[[ColumnElement[bool]], tuple[int, int]]
+) -> None:
+    # until this is committed the mark stays where it is
+    row = tx.connection.execute(_row(queue).with_for_update()).first()
+    if row is None:
+        return
+    its, alone = counted(m.created_at < row.counted_to)
+    less = {"messages": t.messages - its, "unrouted": t.unrouted - alone}
+    tx.connection.execute(update(totals).where(t.queue_name == queue).values(less))
+
+
+def _is_old(row: Any, now: datetime) -> bool:
+    return row is not None and (now - row.begun_at).total_seconds() >= AGAIN_SECONDS
+
+
+def _end(connection: Connection, queue: str, mark: datetime, now: datetime) -> datetime | None:
+    """Return where the next step ends; ``None`` when there is not enough for one."""
+    # messages are stored by the second: a step ends with one
+    limit = (now - timedelta(seconds=LAG_SECONDS)).replace(microsecond=0)
+    completed = _stored(queue, MessageStatus.COMPLETED, mark, limit)
+    last = connection.execute(
+        select(m.created_at).where(*completed).order_by(m.created_at).limit(1).offset(STEP - 1)
+    ).scalar()
+    if last is None:
+        return None
+    end: datetime = last + timedelta(seconds=1)
+    # what is on its way to whoever listens at a broker may come to be unrouted, or not
+    _, first = count_alone(connection, queue, MessageStatus.PENDING, mark, end)
+    end = end if first is None else first
+    return end if end > mark else None
+
+
+def _row(queue: str) -> Select[Any]:
+    return select(totals).where(t.queue_name == queue)
+
+
+def _stored(
+    queue: str, status: MessageStatus, since: datetime, before: datetime
+) -> tuple[ColumnElement[bool], ...]:
+    return m.queue_name == queue, m.status == status, m.created_at >= since, m.created_at < before
+
+
+def _count(connection: Connection, *conditions: ColumnElement[bool]) -> int:
+    counted = select(func.count()).select_from(messages).where(*conditions)
+    return connection.execute(counted).scalar_one()
