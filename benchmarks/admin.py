@@ -35,6 +35,7 @@ from shared.settings import load_settings  # noqa: E402
 from shared.statements import Prepared  # noqa: E402
 from shared.store import causes, consumers, failures, listing, overview, queries, stats, trail  # noqa: E402
 from shared.store.listing import Filters  # noqa: E402
+from shared.store.totals import STEP  # noqa: E402
 from shared.store.why import Provider, why  # noqa: E402
 from shared.tables import (  # noqa: E402
     attempts,
@@ -55,7 +56,7 @@ QUEUES, TYPES, GROUPS = 5, 4, 30
 SECONDS = 30 * 86_400
 START = datetime.now(UTC).replace(tzinfo=None, microsecond=0) - timedelta(seconds=SECONDS)
 CHUNK = 5_000
-COUNTED = select(func.count().label("queues"), func.sum(totals.c.messages).label("counted"))
+COUNTED = select(func.sum(totals.c.messages))
 ROUNDS = 10
 
 
@@ -253,7 +254,7 @@ def ask(address: str, path: str, goal: float) -> bool:
         took.append((time.monotonic() - start) * 1000)
         # nobody consumes here, so it is not healthy
         assert answer.status_code == (503 if path == "/queue/health" else 200), answer.text
-    name = path.replace(path.split("/")[3], "<id>") if path.count("/") > 2 else path
+    name = re.sub(r"messages/[^/]+", "messages/<id>", path)
     return report(name[:70], statistics.median(took[1:]), "ms", goal, at_least=False)
 
 
@@ -262,9 +263,10 @@ def wait_until_counted(env: Mapping[str, str], count: int) -> None:
     start, deadline = time.monotonic(), time.monotonic() + 600
     engine = make_reader(database_url(load_settings(env)), time.sleep)
     with engine.connect() as connection:
-        while not (row := connection.execute(COUNTED).one()).queues or row.counted < 0.99 * count:
+        # what is left in each is less than a step, and what came in the last minute
+        while (connection.execute(COUNTED).scalar() or 0) < count - 2 * QUEUES * STEP:
             if time.monotonic() > deadline:
-                raise SystemExit(f"counted in ten minutes: {row}")
+                raise SystemExit("queue_admin does not count")
             time.sleep(0.5)
     engine.dispose()
     print(f"counted once, in {time.monotonic() - start:.0f} s", flush=True)
