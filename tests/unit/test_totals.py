@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy import func, insert, select, update
 
 from shared.lifecycle import MessageStatus
-from shared.store import replay, retention, stats, totals
+from shared.store import repair, replay, retention, stats, totals
 from shared.store.gauges import log_gauges
 from shared.store.retention import Stretch
 from shared.tables import deliveries, messages
 from shared.tables import totals as totals_table
+from shared.testing.servers import MariaDBServer
 from shared.types import Delivery, new_message_id
 from tests.unit.message_log import COMPLETED, FAILED, RETRY, Log, event
 from tests.unit.test_store import Meanwhile
@@ -124,6 +127,17 @@ class Queue:
 def queue(store: Log, monkeypatch: pytest.MonkeyPatch) -> Queue:
     monkeypatch.setattr(totals, "STEP", STEP)
     return Queue(store)
+
+
+@pytest.fixture
+def on_mariadb(
+    mariadb_log: Mapping[str, str], mariadb_server: MariaDBServer, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Queue]:
+    """A queue where others write while somebody counts."""
+    monkeypatch.setattr(totals, "STEP", STEP)
+    made = Log(mariadb_log, mariadb_server)
+    yield Queue(made)
+    made.database.close()
 
 
 def test_counts_what_is_old_once(queue: Queue) -> None:
@@ -271,4 +285,27 @@ def test_who_removes_waits_for_who_counts(queue: Queue) -> None:
     removing.result()
 
     assert queue.row.messages == 2 * STEP - 3
+    queue.check()
+
+
+def test_counts_each_once_whatever_state_it_comes_to(on_mariadb: Queue) -> None:
+    """Given messages that are handled, and retried, between any two statements of who counts."""
+    queue = on_mariadb
+    waiting = [queue.add_one(ago=2 * HOUR) for _ in range(2 * STEP)]
+    failed = [queue.add_one(FAILED, ago=2 * HOUR) for _ in range(2 * STEP)]
+    queue.add(STEP)
+    other = Log(queue.store.config)
+
+    def move(*_: Any) -> None:
+        other.attempt(waiting.pop(), COMPLETED)
+        other.do(repair.retry_message, failed.pop().message.id)
+
+    with queue.store.database.transaction() as tx:
+        its = tx.connection, "after_cursor_execute", move
+        sqlalchemy_event.listen(*its)
+        totals.advance(tx, "orders")
+        sqlalchemy_event.remove(*its)
+    other.database.close()
+
+    assert queue.row.messages > 4 * STEP
     queue.check()
