@@ -9,6 +9,7 @@ belatedly, in a transaction that took longer than the mark lies back, or by a cl
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.exc import IntegrityError
 
 from shared.database import Transaction
 from shared.lifecycle import MessageStatus
@@ -84,25 +86,20 @@ def due(connection: Connection, queue: str, now: datetime) -> bool:
 
 def advance(tx: Transaction, queue: str) -> None:
     """Move the mark of a queue on by a step, if there is enough for one."""
-    row = tx.connection.execute(_row(queue).with_for_update()).first()
+    row = _lock(tx, queue)
     if _is_old(row, tx.now):
         tx.connection.execute(delete(totals).where(t.queue_name == queue))
-        row = None
-    mark = FIRST if row is None else row.counted_to
+        row = _lock(tx, queue)
+    mark = row.counted_to
     end = _end(tx.connection, queue, mark, tx.now)
     if end is None:
         return
     # in one statement: between two, what comes to another status would count twice, or never
     count = _count(tx.connection, *_stored(queue, [*MessageStatus], mark, end))
     alone, _ = count_alone(tx.connection, queue, MessageStatus.COMPLETED, mark, end)
-    if row is None:
-        first = {"messages": count, "unrouted": alone, "begun_at": tx.now}
-        new = insert(totals).values(queue_name=queue, counted_to=end, **first)
-        tx.connection.execute(new)
-    else:
-        more = {"messages": t.messages + count, "unrouted": t.unrouted + alone}
-        moved = update(totals).where(t.queue_name == queue)
-        tx.connection.execute(moved.values(counted_to=end, **more))
+    more = {"messages": t.messages + count, "unrouted": t.unrouted + alone}
+    moved = update(totals).where(t.queue_name == queue)
+    tx.connection.execute(moved.values(counted_to=end, **more))
 
 
 def remove(tx: Transaction, queue: str, ids: Collection[str], alone: Collection[str]) -> None:
@@ -133,12 +130,26 @@ def _take_off(
     tx: Transaction, queue: str, counted: Callable[[ColumnElement[bool]], tuple[int, int]]
 ) -> None:
     # until this is committed the mark stays where it is
-    row = tx.connection.execute(_row(queue).with_for_update()).first()
-    if row is None:
-        return
+    row = _lock(tx, queue)
     its, alone = counted(m.created_at < row.counted_to)
     less = {"messages": t.messages - its, "unrouted": t.unrouted - alone}
     tx.connection.execute(update(totals).where(t.queue_name == queue).values(less))
+
+
+def _lock(tx: Transaction, queue: str) -> Any:
+    """Return the row of a queue, which nobody else changes meanwhile; it is made if need be.
+
+    What is not there cannot be locked: who begins to count would not wait for who removes.
+    """
+    its = _row(queue).with_for_update()
+    row = tx.connection.execute(its).first()
+    if row is not None:
+        return row
+    new = {"counted_to": FIRST, "messages": 0, "unrouted": 0, "begun_at": tx.now}
+    # another one may make it just now
+    with contextlib.suppress(IntegrityError), tx.connection.begin_nested():
+        tx.connection.execute(insert(totals).values(queue_name=queue, **new))
+    return tx.connection.execute(its).one()
 
 
 def _is_old(row: Any, now: datetime) -> bool:

@@ -309,3 +309,18 @@ def test_counts_each_once_whatever_state_it_comes_to(on_mariadb: Queue) -> None:
 
     assert queue.row.messages > 4 * STEP
     queue.check()
+
+
+def test_who_counts_first_sees_what_is_being_removed(queue: Queue) -> None:
+    """Given nothing counted, so that who removes has nothing to take off, or to wait for."""
+    ids = queue.add(2 * STEP)
+    queue.add(1, ago=0)
+
+    with queue.store.database.transaction() as tx:
+        retention.remove(tx, STRETCH, ids[:3])
+        counting = Meanwhile(queue.store, lambda other: other.do(totals.advance, "orders"))
+        counting.until_blocked()
+    counting.result()
+    queue.count_on()
+
+    queue.check()
