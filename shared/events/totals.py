@@ -10,7 +10,6 @@ from shared.database import Transaction, utc_now
 from shared.events.client import QueueClient
 from shared.events.operations import HubTimer, LogReader
 from shared.store import totals
-from shared.store.listing import queues_with_messages
 from shared.types import Delivery
 
 LOOK_SECONDS = 10.0
@@ -36,8 +35,7 @@ class TotalsTimer(HubTimer):
 
 
 def _due(connection: Connection) -> list[str]:
-    now = utc_now(connection)
-    return [each for each in queues_with_messages(connection) if totals.due(connection, each, now)]
+    return totals.queues_due(connection, utc_now(connection))
 
 
 def _advance(tx: Transaction, queue: str) -> tuple[None, list[Delivery]]:

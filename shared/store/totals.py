@@ -29,7 +29,7 @@ from sqlalchemy.exc import IntegrityError
 
 from shared.database import Transaction
 from shared.lifecycle import MessageStatus
-from shared.store.listing import FIRST
+from shared.store.listing import FIRST, queues_with_messages
 from shared.tables import deliveries, messages, totals
 
 LAG_SECONDS = 60.0
@@ -75,6 +75,14 @@ def count_alone(
     counted = select(func.count(), func.min(m.created_at)).select_from(messages)
     count, first = connection.execute(counted.where(*its, _IS_ALONE)).one()
     return count, first
+
+
+def queues_due(connection: Connection, now: datetime) -> list[str]:
+    """Return the queues for which :func:`advance` would have something to do."""
+    # also those of which all was removed: what was miscounted of them would else stay
+    counted = connection.execute(select(t.queue_name)).scalars()
+    names = sorted({*counted, *queues_with_messages(connection)})
+    return [each for each in names if due(connection, each, now)]
 
 
 def due(connection: Connection, queue: str, now: datetime) -> bool:

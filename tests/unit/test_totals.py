@@ -7,8 +7,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy import event as sqlalchemy_event
-from sqlalchemy import func, insert, select, update
 
 from shared.lifecycle import MessageStatus
 from shared.store import repair, replay, retention, stats, totals
@@ -324,3 +324,18 @@ def test_who_counts_first_sees_what_is_being_removed(queue: Queue) -> None:
     queue.count_on()
 
     queue.check()
+
+
+def test_begins_anew_for_a_queue_that_has_nothing_left(queue: Queue) -> None:
+    queue.add(STEP)
+    queue.count_on()
+    queue.store.do(lambda tx: tx.connection.execute(delete(deliveries)))
+    queue.store.do(lambda tx: tx.connection.execute(delete(messages)))
+
+    begun = queue.row.begun_at - timedelta(seconds=totals.AGAIN_SECONDS)
+    queue.store.do(lambda tx: tx.connection.execute(update(totals_table).values(begun_at=begun)))
+
+    assert queue.store.do(lambda tx: totals.queues_due(tx.connection, tx.now)) == ["orders"]
+    queue.count_on()
+    assert queue.row.messages == 0
+    assert sum(queue.stats[str(each)] for each in MessageStatus) == 0
