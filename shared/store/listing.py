@@ -116,7 +116,10 @@ def place_of(cursor: str) -> Place:
     try:
         padded = cursor + "=" * (-len(cursor) % 4)
         created_at, message_id = json.loads(base64.urlsafe_b64decode(padded))
-        return Place(datetime.fromisoformat(created_at).replace(tzinfo=None), str(message_id))
+        place = Place(datetime.fromisoformat(created_at).replace(tzinfo=None), str(message_id))
+        # half a character is none that a database takes
+        place.id.encode()
+        return place
     except (ValueError, TypeError) as exc:
         raise PayloadError({"cursor": "must be the nextCursor of an answer"}) from exc
 

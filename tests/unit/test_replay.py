@@ -16,6 +16,7 @@ from shared.events.direct import DirectClient, DirectOperations
 from shared.settings import load_settings
 from shared.store import audit, backlog, repair, replay, stats, subscriptions, trail
 from shared.store.gauges import log_gauges
+from shared.store.listing import Place
 from shared.store.replay import RANK, Stretch
 from shared.tables import deliveries as deliveries_table
 from shared.tables import messages as messages_table
@@ -314,6 +315,12 @@ def test_who_is_retired_gets_nothing(desk: Desk) -> None:
         desk.store.do(replay.replay, its.id, page.ids, 0)
     with pytest.raises(PayloadError):
         desk.replay("ada", desk.store.subscribe().id, cursor="x")
+
+
+def test_a_cursor_with_half_a_character_is_none(desk: Desk) -> None:
+    cursor = Place(START, "\ud800").cursor()
+    with pytest.raises(PayloadError):
+        desk.replay("ada", desk.store.subscribe().id, cursor=cursor)
 
 
 def test_each_transaction_is_small_and_noted(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
