@@ -11,7 +11,6 @@ from sqlalchemy import Connection, func, select
 from shared.database import seconds_between, utc_now
 from shared.lifecycle import DeliveryStatus, MessageStatus
 from shared.store import consumers, totals
-from shared.store.listing import LAST
 from shared.store.totals import Total
 from shared.tables import deliveries, messages, subscriptions
 
@@ -42,8 +41,7 @@ def queue_stats(connection: Connection, queue: str) -> dict[str, Any] | None:
     by_subscription = _subscription_counts(connection, queue)
     if not any(counts.values()) and not by_subscription:
         return None
-    since, completed = total.counted_to, MessageStatus.COMPLETED
-    unrouted, _ = totals.count_alone(connection, queue, completed, since, LAST.created_at)
+    unrouted = totals.count_alone(connection, queue, total.counted_to)
     return {
         "queueName": queue,
         **counts,

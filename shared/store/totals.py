@@ -29,7 +29,7 @@ from sqlalchemy.exc import IntegrityError
 
 from shared.database import Transaction
 from shared.lifecycle import MessageStatus
-from shared.store.listing import FIRST, queues_with_messages
+from shared.store.listing import FIRST, LAST, queues_with_messages
 from shared.tables import deliveries, messages, totals
 
 LAG_SECONDS = 60.0
@@ -68,13 +68,10 @@ def of(connection: Connection, queue: str) -> Total:
 
 
 def count_alone(
-    connection: Connection, queue: str, status: MessageStatus, since: datetime, before: datetime
-) -> tuple[int, datetime | None]:
-    """Return how many messages have no delivery, and when the first of them was stored."""
-    its = _stored(queue, [status], since, before)
-    counted = select(func.count(), func.min(m.created_at)).select_from(messages)
-    count, first = connection.execute(counted.where(*its, _IS_ALONE)).one()
-    return count, first
+    connection: Connection, queue: str, since: datetime, before: datetime = LAST.created_at
+) -> int:
+    """Return how many completed messages have no delivery."""
+    return _count(connection, *_stored(queue, [MessageStatus.COMPLETED], since, before), _IS_ALONE)
 
 
 def queues_due(connection: Connection, now: datetime) -> list[str]:
@@ -104,7 +101,7 @@ def advance(tx: Transaction, queue: str) -> None:
         return
     # in one statement: between two, what comes to another status would count twice, or never
     count = _count(tx.connection, *_stored(queue, [*MessageStatus], mark, end))
-    alone, _ = count_alone(tx.connection, queue, MessageStatus.COMPLETED, mark, end)
+    alone = count_alone(tx.connection, queue, mark, end)
     more = {"messages": t.messages + count, "unrouted": t.unrouted + alone}
     moved = update(totals).where(t.queue_name == queue)
     tx.connection.execute(moved.values(counted_to=end, **more))
@@ -176,7 +173,12 @@ def _end(connection: Connection, queue: str, mark: datetime, now: datetime) -> d
         return None
     end: datetime = last + timedelta(seconds=1)
     # what is on its way to whoever listens at a broker may come to be unrouted, or not
-    _, first = count_alone(connection, queue, MessageStatus.PENDING, mark, end)
+    first = connection.execute(
+        select(m.created_at)
+        .where(*_stored(queue, [MessageStatus.PENDING], mark, end), _IS_ALONE)
+        .order_by(m.created_at)
+        .limit(1)
+    ).scalar()
     end = end if first is None else first
     return end if end > mark else None
 

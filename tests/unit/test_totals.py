@@ -339,3 +339,37 @@ def test_begins_anew_for_a_queue_that_has_nothing_left(queue: Queue) -> None:
     queue.count_on()
     assert queue.row.messages == 0
     assert sum(queue.stats[str(each)] for each in MessageStatus) == 0
+
+
+def test_looks_at_the_first_alone_of_what_is_on_its_way(
+    sqlite_log: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a broker that is away for long: it is looked every few seconds, on the hub."""
+    monkeypatch.setattr(totals, "STEP", STEP)
+    store = Log(sqlite_log)
+    queue = Queue(store)
+    queue.add(STEP)
+
+    def work(on_its_way: int) -> int:
+        """Return how much SQLite does to see what is due."""
+        ids = queue.add(on_its_way, ago=2 * HOUR)
+        alone = delete(deliveries).where(deliveries.c.message_id.in_(ids))
+        waits = update(messages).where(messages.c.id.in_(ids))
+        status = {"status": "pending", "processed_at": None}
+        store.do(lambda tx: tx.connection.execute(alone))
+        store.do(lambda tx: tx.connection.execute(waits.values(status)))
+        steps: list[None] = []
+
+        def step(tx: Any) -> None:
+            driver = tx.connection.connection.dbapi_connection
+            driver.set_progress_handler(lambda: steps.append(None), 1)
+            totals.due(tx.connection, "orders", tx.now)
+            driver.set_progress_handler(None, 1)
+
+        store.do(step)
+        return len(steps)
+
+    few, many = work(5), work(500)
+    store.database.close()
+
+    assert many < 2 * few
