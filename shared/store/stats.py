@@ -11,6 +11,7 @@ from sqlalchemy import Connection, func, select
 from shared.database import seconds_between, utc_now
 from shared.lifecycle import DeliveryStatus, MessageStatus
 from shared.store import consumers, totals
+from shared.store.listing import FIRST
 from shared.store.totals import Total
 from shared.tables import deliveries, messages, subscriptions
 
@@ -46,7 +47,7 @@ def queue_stats(connection: Connection, queue: str) -> dict[str, Any] | None:
         "queueName": queue,
         **counts,
         "total": sum(counts.values()),
-        "unrouted": total.unrouted + unrouted,
+        "unrouted": max(total.unrouted, 0) + unrouted,
         "avgProcessingSeconds": _average_seconds(connection, queue, utc_now(connection)),
         "subscriptions": by_subscription,
     }
@@ -63,13 +64,14 @@ def message_counts(connection: Connection, queue: str, total: Total) -> dict[str
     recent = m.status.in_(list(MessageStatus)), m.created_at >= total.counted_to
     for status, count in connection.execute(counted.where(*recent)):
         counts[status] += count
-    if total.messages:
-        counts[MessageStatus.COMPLETED] += total.messages
-        for status, count in connection.execute(
-            counted.where(m.status.in_(_OPEN), m.created_at < total.counted_to)
-        ):
+    if total.counted_to > FIRST:
+        before = m.status.in_(_OPEN), m.created_at < total.counted_to
+        open_before = 0
+        for status, count in connection.execute(counted.where(*before)):
             counts[status] += count
-            counts[MessageStatus.COMPLETED] -= count
+            open_before += count
+        # what was stored before the mark belatedly may be open, and is not among those counted
+        counts[MessageStatus.COMPLETED] += max(total.messages - open_before, 0)
     return counts
 
 

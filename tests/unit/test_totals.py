@@ -373,3 +373,32 @@ def test_looks_at_the_first_alone_of_what_is_on_its_way(
     store.database.close()
 
     assert many < 2 * few
+
+
+def test_what_is_stored_belatedly_is_missed_as_completed_alone(queue: Queue) -> None:
+    """Given a clock that was set back: more waits from before the mark than was counted there."""
+    ids = queue.add(STEP)
+    queue.add(1, ago=0)
+    queue.count_on()
+    for _ in range(STEP + 2):
+        queue.add_one(FAILED, ago=2 * HOUR)
+    shown = queue.stats
+    assert (shown["completed"], shown["failed"], shown["total"]) == (1, STEP + 2, STEP + 3)
+
+    queue.store.do(retention.remove, STRETCH, ids)
+
+    assert queue.row.messages == 0
+    shown = queue.stats
+    assert (shown["completed"], shown["failed"], shown["total"]) == (1, STEP + 2, STEP + 3)
+
+
+def test_what_is_stored_belatedly_and_removed_leaves_no_less_than_none(queue: Queue) -> None:
+    queue.add(STEP)
+    queue.add(1, ago=0)
+    queue.count_on()
+    belated = [queue.add_unrouted(ago=2 * HOUR) for _ in range(3)]
+
+    queue.store.do(retention.remove, STRETCH, belated)
+
+    assert queue.row.unrouted == -3
+    assert queue.stats["unrouted"] == 0
