@@ -395,6 +395,8 @@ totals = Table(
     "queue_totals",
     metadata,
     Column("queue_name", exact(255), primary_key=True),
+    # Once a day all is counted anew, in a second row that then takes the place of the first.
+    Column("is_anew", Boolean, primary_key=True, autoincrement=False),
     # The messages stored before this time are counted here.
     Column("counted_to", millis(), nullable=False),
     Column("messages", BigInteger, nullable=False),

@@ -89,13 +89,14 @@ def run(
         possible = catalogue(world)
         for steps in [*always(possible, killed), *plan(possible, seed, faults)]:
             say("; ".join(map(str, steps)))
-            before = len(Record(world.record).raised)
+            is_of_broker = all(step.fault.is_of_broker for step in steps)
+            # what the round before broke may be felt for a while
+            may_refuse = not (is_of_broker and was_of_broker)
+            before = 0 if may_refuse else len(Record(world.record).raised)
             break_together(world, steps)
             done.faults.update(step.fault.name for step in steps)
             done.slowest_recovery = max(done.slowest_recovery, recover(world))
-            is_of_broker = all(step.fault.is_of_broker for step in steps)
-            # what the round before broke may be felt for a while
-            if is_of_broker and was_of_broker:
+            if not may_refuse:
                 refused += list(Record(world.record).raised.values())[before:]
             was_of_broker = is_of_broker
         done.account = settle(world)

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sqlite3
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -291,11 +292,23 @@ def _of_rabbitmq(name: str, server: RabbitMQServer) -> Iterator[Fault]:
 @contextlib.contextmanager
 def alarmed(server: RabbitMQServer) -> Iterator[None]:
     """It takes no messages, for want of memory."""
-    server.control("set_vm_memory_high_watermark", "0.0000001")
+    _have_memory(server, "0.0000001")
     try:
         yield
     finally:
-        server.control("set_vm_memory_high_watermark", "0.6")
+        _have_memory(server, "0.6")
+
+
+def _have_memory(server: RabbitMQServer, share: str) -> None:
+    # with many processes beside it, rabbitmqctl was seen to hang for good
+    for is_last in (False, False, True):
+        try:
+            server.control("set_vm_memory_high_watermark", share)
+        except subprocess.TimeoutExpired:
+            if is_last:
+                raise
+        else:
+            return
 
 
 # --- SQLite

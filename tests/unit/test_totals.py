@@ -86,6 +86,12 @@ class Queue:
         while self.store.do(lambda tx: totals.due(tx.connection, "orders", tx.now)):
             self.store.do(totals.advance, "orders")
 
+    def make_old(self) -> datetime:
+        """Have it be time to count anew; return when the count is said to have begun."""
+        begun: datetime = self.row.begun_at - timedelta(seconds=totals.AGAIN_SECONDS)
+        self.store.do(lambda tx: tx.connection.execute(update(totals_table).values(begun_at=begun)))
+        return begun
+
     @property
     def row(self) -> Any:
         rows = self.store.rows(totals_table)
@@ -246,11 +252,49 @@ def test_begins_anew_once_a_day(queue: Queue) -> None:
     queue.add(4, ago=3 * HOUR)
     assert queue.stats["total"] == queue.counted["total"] - 4
 
-    begun = queue.row.begun_at - timedelta(seconds=totals.AGAIN_SECONDS)
-    queue.store.do(lambda tx: tx.connection.execute(update(totals_table).values(begun_at=begun)))
+    begun = queue.make_old()
     queue.count_on()
 
     assert queue.row.begun_at > begun
+    assert queue.row.messages == 3 * STEP
+    queue.check()
+
+
+def test_goes_by_what_is_known_while_it_counts_anew(queue: Queue) -> None:
+    unrouted = queue.add_unrouted(ago=3 * HOUR)
+    ids = queue.add(3 * STEP, ago=2 * HOUR)
+    queue.add(1, ago=0)
+    queue.count_on()
+    queue.make_old()
+
+    queue.store.do(totals.advance, "orders")
+
+    known, anew = queue.store.rows(totals_table)
+    assert (known.messages, anew.messages, anew.unrouted) == (3 * STEP, STEP, 1)
+    queue.check()
+    # what is removed, or gets a subscriber, comes off both
+    queue.store.do(retention.remove, STRETCH, [ids[0], ids[-3]])
+    its = queue.store.subscribe("unheard", "late.catch_up")
+    queue.store.do(replay.replay, its.id, [unrouted], 0)
+    known, anew = queue.store.rows(totals_table)
+    assert (known.messages, anew.messages) == (3 * STEP - 2, STEP - 1)
+    assert (known.unrouted, anew.unrouted) == (0, 0)
+    queue.check()
+
+    queue.count_on()
+
+    assert len(queue.store.rows(totals_table)) == 1
+    queue.check()
+
+
+def test_a_step_has_no_more_of_any_status(queue: Queue) -> None:
+    for n in range(3 * STEP):
+        queue.add_one(ago=2 * HOUR - n)
+    queue.add(STEP)
+    queue.store.do(totals.advance, "orders")
+    assert queue.row.messages == STEP
+    queue.count_on()
+    assert queue.row.messages == 4 * STEP
     queue.check()
 
 
@@ -293,6 +337,8 @@ def test_counts_each_once_whatever_state_it_comes_to(on_mariadb: Queue) -> None:
     queue = on_mariadb
     waiting = [queue.add_one(ago=2 * HOUR) for _ in range(2 * STEP)]
     failed = [queue.add_one(FAILED, ago=2 * HOUR) for _ in range(2 * STEP)]
+    at = queue.store.message(failed[0].message.id).created_at
+    queue.store.do(lambda tx: tx.connection.execute(update(messages).values(created_at=at)))
     queue.add(STEP)
     other = Log(queue.store.config)
 
@@ -307,7 +353,7 @@ def test_counts_each_once_whatever_state_it_comes_to(on_mariadb: Queue) -> None:
         sqlalchemy_event.remove(*its)
     other.database.close()
 
-    assert queue.row.messages > 4 * STEP
+    assert queue.row.messages == 4 * STEP
     queue.check()
 
 
@@ -332,8 +378,7 @@ def test_begins_anew_for_a_queue_that_has_nothing_left(queue: Queue) -> None:
     queue.store.do(lambda tx: tx.connection.execute(delete(deliveries)))
     queue.store.do(lambda tx: tx.connection.execute(delete(messages)))
 
-    begun = queue.row.begun_at - timedelta(seconds=totals.AGAIN_SECONDS)
-    queue.store.do(lambda tx: tx.connection.execute(update(totals_table).values(begun_at=begun)))
+    queue.make_old()
 
     assert queue.store.do(lambda tx: totals.queues_due(tx.connection, tx.now)) == ["orders"]
     queue.count_on()

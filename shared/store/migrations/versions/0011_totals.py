@@ -13,6 +13,7 @@ def upgrade() -> None:
     op.create_table(
         "queue_totals",
         sa.Column("queue_name", exact(255), primary_key=True),
+        sa.Column("is_anew", sa.Boolean, primary_key=True, autoincrement=False),
         sa.Column("counted_to", millis(), nullable=False),
         sa.Column("messages", sa.BigInteger, nullable=False),
         sa.Column("unrouted", sa.BigInteger, nullable=False),
