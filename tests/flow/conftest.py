@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from shared.database import database_url, make_reader
 from shared.events import EventDispatcher, QueueService
 from shared.settings import load_settings
-from shared.store import queries
+from shared.store import queries, stats
 from shared.testing.servers import MariaDBServer
 from tests.conftest import migrate
 from tests.support.processes import Effects, NamekoProcess
@@ -110,7 +110,7 @@ class Flow:
 
     def stats(self) -> dict[str, Any]:
         with self._reader.connect() as connection:
-            return queries.queue_stats(connection, "source") or {}
+            return stats.queue_stats(connection, "source") or {}
 
     def wait_for_status(self, message_id: str, status: str, timeout: float = 20) -> dict[str, Any]:
         wait_until(

@@ -21,7 +21,7 @@ from nameko.testing.services import dummy, entrypoint_hook
 from shared.contracts import contracts
 from shared.database import database_url, make_reader
 from shared.events import EventDispatcher
-from shared.store import queries
+from shared.store import stats
 from shared.testing.servers import free_port
 from tests.flow.plainly import Vhost
 from tests.support.documents import blocks
@@ -649,7 +649,7 @@ def say_all(flow, service, document):
 def stats_of(flow, queue):
     engine = make_reader(database_url(flow.settings), lambda _: None)
     with engine.connect() as connection:
-        found = queries.queue_stats(connection, queue)
+        found = stats.queue_stats(connection, queue)
     engine.dispose()
     return found or {"total": 0}
 

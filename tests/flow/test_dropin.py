@@ -20,7 +20,7 @@ from nameko.utils import get_redacted_args
 import shared.events
 from shared.database import database_url, make_reader
 from shared.settings import load_settings
-from shared.store import queries
+from shared.store import stats
 from shared.testing.servers import RabbitMQServer
 from tests.flow.plainly import Vhost, as_if_moved, as_it_is
 from tests.support.processes import Effects
@@ -363,7 +363,7 @@ class TestLog:
 
         def completed() -> Any:
             with log.connect() as connection:
-                return (queries.queue_stats(connection, "shop") or {}).get("completed")
+                return (stats.queue_stats(connection, "shop") or {}).get("completed")
 
         wait_until(lambda: completed() == 3, 10, lambda: str(completed()))
         log.dispose()
