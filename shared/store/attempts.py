@@ -8,7 +8,7 @@ All moves are guarded: a row changes only if it is still in a state that
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import takewhile
@@ -121,6 +121,9 @@ _QUEUE_AGAIN = Prepared(
 _LET_GO = Prepared(update(deliveries).where(c.seq.in_(_SEQS)).values(lease_expires_at=None))
 _COUNT_TAKEOVER = Prepared(
     update(deliveries).where(c.seq == bindparam("its_seq")).values(takeovers=c.takeovers + 1)
+)
+_UNCOUNT_TAKEOVER = Prepared(
+    update(deliveries).where(c.seq.in_(_SEQS), c.takeovers > 0).values(takeovers=c.takeovers - 1)
 )
 _COMPLETE = Prepared(
     update(deliveries)
@@ -253,6 +256,8 @@ def _sort_out(
     elif state.status != DeliveryStatus.PROCESSING or _take_over(tx, state):
         started.run.append(lease)
     else:
+        if copies is not None:  # else its provider ends the lease
+            _LET_GO.change(tx, {"seqs": [state.seq]})
         started.settled.append(Settlement(lease, SettleAction.DEAD_LETTER))
 
 
@@ -369,6 +374,7 @@ def finish(
             del running[outcome.lease.delivery.seq]  # another would end the same lease
         elif state is not None and _is_kept(state):
             superseded.add(outcome.lease.key)
+    _acquit(tx, refused, rows)
     done = [x for x in stored if x.status == DeliveryStatus.COMPLETED]
     others = [x for x in stored if x.status != DeliveryStatus.COMPLETED]
     _complete_apart(tx, done, rows, worker)
@@ -460,9 +466,23 @@ def record(tx: Transaction, outcomes: Sequence[Outcome]) -> tuple[list[Outcome],
             del states[state.seq]  # another would end the same lease
             stored.append(outcome)
             ended[outcome.status].append((state, outcome))
+    _acquit(tx, refused, states)
     for status, its in ended.items():
         _MOVES[status](tx, its)
     return stored, refused
+
+
+def _acquit(tx: Transaction, refused: Sequence[Outcome], states: Mapping[int, Any]) -> None:
+    """Take back that workers died with deliveries: they tell of them, and only were too late."""
+    seqs = [
+        state.seq
+        for outcome in refused
+        if (state := states.get(outcome.lease.delivery.seq)) is not None
+        and state.status not in FINAL
+        and outcome.lease.token < state.lease_token
+    ]
+    if seqs:
+        _UNCOUNT_TAKEOVER.change(tx, {"seqs": seqs})
 
 
 def _is_held(state: Any, lease: Lease) -> bool:

@@ -714,6 +714,32 @@ class TestTakeover:
         outcomes = [each.outcome for each in store.history(delivery.seq)]
         assert outcomes == ["taken_over"] * 9 + ["failed"]
 
+    @pytest.mark.parametrize("is_apart", [False, True])
+    def test_is_none_of_who_was_only_late(
+        self, store: Log, delivery: Delivery, is_apart: bool
+    ) -> None:
+        """Given a broker that is lost again and again: each time living workers hand back late."""
+        store.start(Lease(delivery, 1), worker="host:0")
+        for token in range(2, 2 * MAX_TAKEOVERS):
+            assert len(store.start(Lease(delivery, token), worker=f"host:{token}").run) == 1
+            late = Outcome(Lease(delivery, token - 1), PENDING, Failure("Released", "lost"))
+            if is_apart:
+                refused = store.do(attempts.finish, [late], "host:1", 30.0)[1]
+            else:
+                refused = store.record(late)[1]
+            assert refused == [late]
+        row = store.delivery(delivery.seq)
+        assert (row.status, row.takeovers) == ("processing", 0)
+
+    def test_that_makes_a_dead_letter_ends_its_lease(self, store: Log, delivery: Delivery) -> None:
+        """Given a provider whose leases the log keeps."""
+        for number in range(MAX_TAKEOVERS + 1):
+            lease = Lease(delivery, 1 + number, redelivered=bool(number))
+            started = store.do(attempts.start, [lease], f"host:{number}", held_for=30.0)
+        assert [each.action for each in started.settled] == [SettleAction.DEAD_LETTER]
+        row = store.delivery(delivery.seq)
+        assert (row.status, row.lease_expires_at) == ("failed", None)
+
     def test_is_not_what_waits_for_its_retry(self, store: Log, delivery: Delivery) -> None:
         store.attempt(delivery, RETRY)
         store.start(Lease(delivery, 2))
