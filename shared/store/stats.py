@@ -6,7 +6,7 @@ from collections import defaultdict
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, select, union_all
 
 from shared.database import seconds_between, utc_now
 from shared.lifecycle import DeliveryStatus, MessageStatus
@@ -23,7 +23,7 @@ RECENT_SECONDS = 3600.0
 """Of which messages the time is averaged: those stored in this time."""
 
 MOST_AVERAGED = 1000
-"""Messages whose time is averaged: of more, the newest."""
+"""Messages of each status whose time is averaged: of more, the newest."""
 
 _OPEN = [status for status in MessageStatus if status != MessageStatus.COMPLETED]
 """Named, they let the index be gone into for each of them, and past what is completed."""
@@ -78,9 +78,15 @@ def message_counts(connection: Connection, queue: str, total: Total) -> dict[str
 def _average_seconds(connection: Connection, queue: str, now: datetime) -> float | None:
     """The mean time from being stored to the outcome, of deliveries of the newest messages."""
     since = now - timedelta(seconds=RECENT_SECONDS)
-    its = m.queue_name == queue, m.status == MessageStatus.COMPLETED, m.created_at >= since
-    newest = select(m.id, m.created_at).where(*its)
-    some = newest.order_by(m.created_at.desc()).limit(MOST_AVERAGED).subquery()
+    newest = [
+        select(m.id, m.created_at)
+        .where(m.queue_name == queue, m.status == status, m.created_at >= since)
+        .order_by(m.created_at.desc())
+        .limit(MOST_AVERAGED)
+        .subquery()
+        for status in MessageStatus
+    ]
+    some = union_all(*[select(each) for each in newest]).subquery()
     seconds = seconds_between(connection, some.c.created_at, d.processed_at)
     average = connection.execute(
         select(func.avg(seconds))
