@@ -406,7 +406,7 @@ totals = Table(
     Column("begun_at", millis(), nullable=False),
     **TEXT,
 )
-"""How many messages long queues have: a row for those that have enough of them."""
+"""How many messages queues have: a row for those that have many, or had some removed."""
 
 audit_log = Table(
     "queue_audit_log",

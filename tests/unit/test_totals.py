@@ -10,7 +10,11 @@ import pytest
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy import event as sqlalchemy_event
 
+from services.queue_admin.service import QueueAdminService
+from shared.events.direct import DirectClient
+from shared.events.totals import LOOK_SECONDS, PAUSE_SECONDS, TotalsTimer
 from shared.lifecycle import MessageStatus
+from shared.settings import load_settings
 from shared.store import repair, replay, retention, stats, totals
 from shared.store.gauges import log_gauges
 from shared.store.retention import Stretch
@@ -447,3 +451,17 @@ def test_what_is_stored_belatedly_and_removed_leaves_no_less_than_none(queue: Qu
 
     assert queue.row.unrouted == -3
     assert queue.stats["unrouted"] == 0
+
+
+def test_a_service_counts_on_until_nothing_is_left(queue: Queue) -> None:
+    queue.add(3 * STEP)
+    assert isinstance(QueueAdminService.counting, TotalsTimer)
+    timer: Any = TotalsTimer()
+    timer.client = timer.reader = client = DirectClient(load_settings(queue.store.config))
+
+    waits = [timer.carry_on() for _ in range(4)]
+
+    client.close()
+    assert waits == [PAUSE_SECONDS] * 3 + [LOOK_SECONDS]
+    assert queue.row.messages == 3 * STEP
+    queue.check()
