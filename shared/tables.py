@@ -225,6 +225,8 @@ attempts = Table(
     Column("error_type", String(255), nullable=True),
     Column("error_message", Text, nullable=True),
     Column("traceback", Text().with_variant(LONGTEXT(), "mysql", "mariadb"), nullable=True),
+    # Of the lease of a worker that seemed dead, until it tells that it lives.
+    Column("lost_token", BigInteger, nullable=True),
     Index("ix_queue_attempts_delivery", "delivery_seq"),
     **TEXT,
 )

@@ -40,6 +40,9 @@ c = deliveries.c
 FIRST = 2
 """Tokens below it are of deliveries that were never handed out before."""
 
+TAKEN_OVER = "taken_over"
+"""What became of an attempt whose worker is taken to have died."""
+
 EARLY_SECONDS = 0.05
 """By how much a provider's clock may be ahead of the log's before it is told to wait."""
 
@@ -123,7 +126,19 @@ _COUNT_TAKEOVER = Prepared(
     update(deliveries).where(c.seq == bindparam("its_seq")).values(takeovers=c.takeovers + 1)
 )
 _UNCOUNT_TAKEOVER = Prepared(
-    update(deliveries).where(c.seq.in_(_SEQS), c.takeovers > 0).values(takeovers=c.takeovers - 1)
+    update(deliveries)
+    .where(c.seq == bindparam("its_seq"), c.takeovers > 0)
+    .values(takeovers=c.takeovers - 1)
+)
+_LOST = Prepared(
+    select(attempts.c.id, attempts.c.delivery_seq, attempts.c.lost_token).where(
+        attempts.c.delivery_seq.in_(_SEQS), attempts.c.lost_token.is_not(None)
+    )
+)
+_FORGET_LOST = Prepared(
+    update(attempts)
+    .where(attempts.c.id.in_(bindparam("ids", expanding=True)))
+    .values(lost_token=None)
 )
 _COMPLETE = Prepared(
     update(deliveries)
@@ -474,15 +489,18 @@ def record(tx: Transaction, outcomes: Sequence[Outcome]) -> tuple[list[Outcome],
 
 def _acquit(tx: Transaction, refused: Sequence[Outcome], states: Mapping[int, Any]) -> None:
     """Take back that workers died with deliveries: they tell of them, and only were too late."""
-    seqs = [
-        state.seq
+    late = {
+        (seq, outcome.lease.token)
         for outcome in refused
-        if (state := states.get(outcome.lease.delivery.seq)) is not None
-        and state.status not in FINAL
-        and outcome.lease.token < state.lease_token
-    ]
-    if seqs:
-        _UNCOUNT_TAKEOVER.change(tx, {"seqs": seqs})
+        if (seq := outcome.lease.delivery.seq) in states and states[seq].status not in FINAL
+    }
+    if not late:
+        return
+    lost = _LOST.fetch(tx, {"seqs": list({seq for seq, _ in late})})
+    alive = [row for row in lost if (row.delivery_seq, row.lost_token) in late]
+    if alive:
+        _UNCOUNT_TAKEOVER.change_many(tx, [{"its_seq": row.delivery_seq} for row in alive])
+        _FORGET_LOST.change(tx, {"ids": [row.id for row in alive]})
 
 
 def _is_held(state: Any, lease: Lease) -> bool:
@@ -523,7 +541,7 @@ def _take_over(tx: Transaction, state: Any) -> bool:
     takeovers = state.takeovers + 1
     if takeovers < MAX_TAKEOVERS:
         lost = Failure("WorkerLost", f"{state.worker} stopped renewing its lease")
-        _write_history(tx, [(state, "taken_over", lost, None)])
+        _write_history(tx, [(state, TAKEN_OVER, lost, None)])
         return True
     lost = Failure("WorkerLost", f"{takeovers} workers died with it; the last was {state.worker}")
     _bury(tx, [(state, lost)])
@@ -601,6 +619,7 @@ def _write_history(
             "error_message": _storable(failure.message) if failure else None,
             # of a long one the end, where the error is
             "traceback": _storable(failure.traceback[-LONGEST_ERROR:]) or None if failure else None,
+            "lost_token": state.lease_token if word == TAKEN_OVER else None,
         }
         for state, word, failure, retry_at in ended
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -56,6 +56,8 @@ class Known:
     """Of the last lease; each is one more than the one before."""
     ended: int = 0
     """Attempts that did not complete, whatever became of them."""
+    lost: set[int] = field(default_factory=set)
+    """Tokens of leases that were taken over, of which no worker has told since."""
 
     def lease(self, token: int) -> Lease:
         return Lease(self.delivery, token)
@@ -104,19 +106,26 @@ class LogMachine(RuleBasedStateMachine):
             its.status, its.attempts, its.token = FAILED, its.attempts + 1, its.token - 1
             return
         assert [lease.token for lease in started.run] == [its.token], is_first
+        if before is PROCESSING:
+            its.lost.add(its.token - 1)
         its.status = PROCESSING
 
     @rule(
         pick=picks,
         status=st.sampled_from([COMPLETED, RETRY, FAILED, PENDING]),
-        is_stale=st.booleans(),
+        late=st.sampled_from([0, 0, 0, 1, 1, 2]),
     )
-    def end(self, pick: int, status: DeliveryStatus, is_stale: bool) -> None:
+    def end(self, pick: int, status: DeliveryStatus, late: int) -> None:
+        """By the last worker, or by one of those before it: by so many leases."""
         its = self.known[pick % len(self.known)]
-        token = its.token - is_stale
+        token = its.token - late
         stored, refused = self.store.record(Outcome(its.lease(token), status, BOOM))
-        if its.status is not PROCESSING or is_stale:
+        if its.status is not PROCESSING or late:
             assert (len(stored), len(refused)) == (0, 1)
+            if its.status not in FINAL and token in its.lost:
+                # it lives, and is believed once
+                its.lost.remove(token)
+                its.takeovers = max(its.takeovers - 1, 0)
             return
         assert (len(stored), len(refused)) == (1, 0)
         its.ended += status is not COMPLETED

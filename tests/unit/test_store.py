@@ -731,6 +731,15 @@ class TestTakeover:
         row = store.delivery(delivery.seq)
         assert (row.status, row.takeovers) == ("processing", 0)
 
+    def test_is_taken_back_once(self, store: Log, delivery: Delivery) -> None:
+        """Given a worker that says again what was refused, and one that lost no lease."""
+        for token in (1, 2, 4):  # nobody told of the third
+            store.start(Lease(delivery, token))
+        assert store.delivery(delivery.seq).takeovers == 2
+        for token in (1, 3, 1):
+            store.record(Outcome(Lease(delivery, token), COMPLETED))
+            assert store.delivery(delivery.seq).takeovers == 1
+
     def test_that_makes_a_dead_letter_ends_its_lease(self, store: Log, delivery: Delivery) -> None:
         """Given a provider whose leases the log keeps."""
         for number in range(MAX_TAKEOVERS + 1):
