@@ -48,7 +48,7 @@ def list_subscriptions(
         wanted = wanted.where(s.queue_name == queue)
     rows = connection.execute(wanted.order_by(s.queue_name, s.message_type, s.subscriber)).all()
     counts = count_open(connection, [row.id for row in rows])
-    oldest = _oldest(connection, [row.id for row in rows], now)
+    oldest = _oldest(connection, [each for each, its in counts.items() if its["waiting"]], now)
     limited = limits.of(connection, [row.id for row in rows])
     return [
         {

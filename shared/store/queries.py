@@ -6,11 +6,12 @@ import json
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, literal_column, select
+from sqlalchemy import Connection, bindparam, func, literal_column, or_, select
 
-from shared.database import seconds_between
+from shared.database import Transaction, seconds_between
 from shared.errors import MessageNotFoundError
 from shared.lifecycle import WAITING
+from shared.statements import Prepared
 from shared.store.subscriptions import SILENT_AFTER_SECONDS
 from shared.tables import attempts, deliveries, messages, subscriptions
 
@@ -58,25 +59,29 @@ def silent_subscriptions(connection: Connection, now: datetime) -> list[str]:
             func.coalesce(seconds_silent, SILENT_AFTER_SECONDS + 1) > SILENT_AFTER_SECONDS,
         )
     ).all()
-    silent = [row for row in rows if _has_due(connection, row.id, now)]
+    tx = Transaction(connection, now)
+    silent = [row for row in rows if _has_due(tx, row.id)]
     return [f"{row.message_type} {row.subscriber}" for row in silent]
 
 
-def _has_due(connection: Connection, subscription_id: int, now: datetime) -> bool:
-    # asked of each alone: of all at once, MariaDB would read every delivery that there is
-    return any(
-        connection.execute(
-            select(d.seq)
-            .where(
-                d.subscription_id == subscription_id,
-                d.status == status,
-                _IS_OPEN,
-                func.coalesce(d.available_at, now) <= now,
-            )
-            .limit(1)
-        ).first()
-        for status in sorted(WAITING)
+# Asked of each subscription and status alone: of all at once, MariaDB would read every delivery.
+_DUE = Prepared(
+    select(d.seq)
+    .where(
+        d.subscription_id == bindparam("id"),
+        d.status == bindparam("status"),
+        _IS_OPEN,
+        or_(
+            d.available_at.is_(None), d.available_at <= bindparam("now", type_=d.available_at.type)
+        ),
     )
+    .limit(1)
+)
+
+
+def _has_due(tx: Transaction, subscription_id: int) -> bool:
+    of_it = {"id": subscription_id, "now": tx.now}
+    return any(_DUE.fetch(tx, {**of_it, "status": status}) for status in sorted(WAITING))
 
 
 def _deliveries(connection: Connection, message_id: str) -> list[dict[str, Any]]:

@@ -21,7 +21,9 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow
 
-SECONDS = 90
+SECONDS = 150
+"""Longer than the demo itself waits, for its services and then for what it sent: what it says when
+that was in vain tells more."""
 
 
 class Demo:

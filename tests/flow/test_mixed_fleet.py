@@ -29,6 +29,9 @@ COMPANY = "tests.flow.apps.newcomer"
 PLAIN = "tests.flow.apps.plain_users"
 QUEUE = "evt-auth_events-user.registered--company.handle_user_registered"
 NOTES = "evt-source-thing.happened--greeter.note"
+LONGEST_ABSENCE = 30
+"""Seconds between two attempts of a plain nameko to connect again: kombu tries after 2, 4, 6 ...,
+so that it depends on when the broker is back how much of them is left."""
 
 ADA = {"user_id": "1", "email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 
@@ -243,7 +246,7 @@ def test_what_is_dispatched_while_the_broker_is_down_reaches_plain_handlers(
     finally:
         rabbitmq_server.start()
 
-    fleet.effects.wait_for(21, handler="note", timeout=25)
+    fleet.effects.wait_for(21, handler="note", timeout=LONGEST_ABSENCE + 20)
     noted = [x["payload"]["n"] for x in fleet.effects.all(handler="note")]
     assert sorted(noted) == list(range(21))
     wait_until(lambda: fleet.stats()["completed"] == 21, 20, lambda: str(fleet.stats()))
