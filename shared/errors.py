@@ -38,7 +38,7 @@ names of what they ask for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 LONGEST_DELAY_SECONDS = 366 * 86_400
@@ -215,3 +215,20 @@ class Retry(QueueError):  # noqa: N818 - named for what a handler asks for
             raise ValueError(f"after: must be 0 to {LONGEST_DELAY_SECONDS} seconds")
         self.after = after
         super().__init__(reason or "the handler asked for another attempt")
+
+
+def by_field(errors: Mapping[str, Any], root: str) -> dict[str, list[str]]:
+    """Return what marshmallow says is wrong by field, dotted where it is nested.
+
+    :param root: what is named where something is wrong with all of it.
+    """
+    return dict(_by_field(errors, "", root))
+
+
+def _by_field(errors: Any, path: str, root: str) -> Iterator[tuple[str, list[str]]]:
+    if not isinstance(errors, Mapping):
+        yield path or root, [errors] if isinstance(errors, str) else list(map(str, errors))
+        return
+    for key, below in errors.items():
+        name = path if key == "_schema" else f"{path}.{key}".removeprefix(".")
+        yield from _by_field(below, name, root)

@@ -50,8 +50,9 @@ class Route(HttpEntrypoint):
 
         Health takes any, for who asks for it with something that no cache knows.
         """
-        is_look = self.method == "GET" and self.answers is not None
-        return is_look and self.query is None and self.guard is not None
+        # a page may be asked for with anything
+        is_page = self.method == "GET" and self.answers is None
+        return self.query is None and self.guard is not None and not is_page
 
     def get_entrypoint_parameters(self, request: Request) -> tuple[tuple[Any, ...], Any]:
         found = super().get_entrypoint_parameters(request)

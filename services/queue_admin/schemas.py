@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -48,6 +49,15 @@ class Time(fields.AwareDateTime):
         if not 1971 <= plain.year <= 2037:
             raise ValidationError("Must lie between 1971 and 2037.")
         return plain
+
+
+class QueryInt(fields.Int):
+    """A whole number in a query, in digits: Python takes ``1_0`` and ``+10`` for one, too."""
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if not re.fullmatch("-?[0-9]+", value, re.ASCII):
+            raise self.make_error("invalid", input=value)
+        return super()._deserialize(value, *args, **kwargs)
 
 
 class PublishSchema(Schema):
@@ -105,7 +115,7 @@ class ListSchema(FilterSchema):
     """The query of ``GET /queue/messages``."""
 
     status = fields.Str(validate=validate.OneOf(list(MessageStatus)))
-    limit = fields.Int(load_default=50, validate=validate.Range(1, MOST_LISTED))
+    limit = QueryInt(load_default=50, validate=validate.Range(1, MOST_LISTED))
     # as JSON, or what is no JSON as text
     payload_value = fields.Str(data_key="payloadValue", validate=validate.Length(max=LONGEST_TEXT))
 
@@ -130,19 +140,19 @@ class RetrySchema(FilterSchema):
 class BatchSchema(Schema):
     """The query of what changes a failure group."""
 
-    limit = fields.Int(load_default=1000, validate=validate.Range(1, MOST_RETRIED))
+    limit = QueryInt(load_default=1000, validate=validate.Range(1, MOST_RETRIED))
 
 
 class RampSchema(Schema):
     """The query of ``POST /queue/failures/<fingerprint>/ramp``."""
 
-    rate = fields.Int(load_default=USUAL_RATE, validate=validate.Range(1, HIGHEST_RATE))
+    rate = QueryInt(load_default=USUAL_RATE, validate=validate.Range(1, HIGHEST_RATE))
 
 
 class RampListSchema(Schema):
     """The query of ``GET /queue/ramps``."""
 
-    limit = fields.Int(load_default=RAMPS_LISTED, validate=validate.Range(1, RAMPS_LISTED))
+    limit = QueryInt(load_default=RAMPS_LISTED, validate=validate.Range(1, RAMPS_LISTED))
 
 
 class ThresholdsSchema(Schema):
@@ -272,5 +282,5 @@ class LimitsSchema(Schema):
 class AuditLogSchema(Schema):
     """The query of ``GET /queue/audit-log``."""
 
-    before = fields.Int(validate=validate.Range(1, 2**63 - 1))
-    limit = fields.Int(load_default=50, validate=validate.Range(1, MOST_LISTED))
+    before = QueryInt(validate=validate.Range(1, 2**63 - 1))
+    limit = QueryInt(load_default=50, validate=validate.Range(1, MOST_LISTED))

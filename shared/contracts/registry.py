@@ -10,7 +10,7 @@ from typing import Any, Literal
 from marshmallow import EXCLUDE, RAISE, Schema, ValidationError
 from marshmallow.fields import Field, String
 
-from shared.errors import ContractError
+from shared.errors import ContractError, by_field
 
 DEFAULT_VERSION = 1
 """The version of a dispatch that names none."""
@@ -71,7 +71,8 @@ class ContractRegistry:
         if not _is_plainly_right(judge, payload):
             errors = judge.validate(payload)
             if errors:
-                raise ContractError(_flatten(errors))
+                flat = by_field({"payload": errors}, "payload")
+                raise ContractError({field: " ".join(said) for field, said in flat.items()})
         return version
 
 
@@ -131,12 +132,3 @@ def parse_version(named: Any) -> int:
     if match is None or isinstance(named, bool):
         raise ContractError({"metadata.version": 'must be a version such as "1" or "1.0"'})
     return int(match[1])
-
-
-def _flatten(errors: Any, path: str = "payload") -> dict[str, str]:
-    if isinstance(errors, Mapping):
-        flat: dict[str, str] = {}
-        for key, below in errors.items():
-            flat.update(_flatten(below, path if key == "_schema" else f"{path}.{key}"))
-        return flat
-    return {path: " ".join(errors)}

@@ -136,8 +136,8 @@ def _zone(name: str) -> ZoneInfo:
         raise PayloadError({"timeZone": "must be a time zone such as Europe/Berlin"}) from exc
 
 
-_OF_THE_MACHINE = ("localtime", "posixrules")
-"""Zones that may be another on each machine that dispatches."""
+_OF_THE_MACHINE = ("localtime", "posixrules", "Factory")
+"""Zones that may be another on each machine that dispatches; the last is of who was given none."""
 
 _COPIES = ("posix/", "right/")
 """What some machines have all zones once more under; ``right/`` counts leap seconds as well."""

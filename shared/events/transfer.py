@@ -16,7 +16,7 @@ from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
 from sqlalchemy import Connection, select
 
 from shared.database import Transaction
-from shared.errors import PayloadError
+from shared.errors import PayloadError, by_field
 from shared.events.dispatcher import make_envelope
 from shared.events.operations import Reader
 from shared.events.repairs import Operations
@@ -174,7 +174,8 @@ def read_line(settings: Settings, text: str) -> Import:
     try:
         given = _SCHEMA.load(json.loads(text))
     except ValidationError as exc:
-        raise PayloadError(exc.messages_dict) from exc
+        flat = by_field(exc.messages_dict, "line")
+        raise PayloadError({field: " ".join(said) for field, said in flat.items()}) from exc
     except (ValueError, RecursionError) as exc:
         raise PayloadError({"line": f"is not JSON: {exc}"}) from exc
     origin, its = given.pop("message_id"), given.pop("deliveries")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from nameko.exceptions import ContainerBeingKilled
@@ -30,6 +30,7 @@ from shared.errors import (
     StoreUnavailableError,
     SubscriptionLiveError,
     SubscriptionNotFoundError,
+    by_field,
 )
 from shared.web.responses import json_response
 
@@ -169,19 +170,9 @@ _UNAVAILABLE = (
 
 def invalid(errors: Mapping[str, Any]) -> Problem:
     """Return a 422: what is wrong with which field."""
-    flat = dict(_flatten(errors))
+    flat = by_field(errors, "body")
     detail = "; ".join(f"{field}: {' '.join(said)}" for field, said in flat.items())
     return Problem(422, "validation", "Some fields are not valid", detail=detail, errors=flat)
-
-
-def _flatten(errors: Any, path: str = "") -> Iterable[tuple[str, list[str]]]:
-    """Yield each field, dotted where it is nested, with what is said of it."""
-    if not isinstance(errors, Mapping):
-        yield path or "body", [errors] if isinstance(errors, str) else list(map(str, errors))
-        return
-    for key, below in errors.items():
-        name = path if key == "_schema" else f"{path}.{key}".removeprefix(".")
-        yield from _flatten(below, name)
 
 
 def _uncertain(error: DispatchUncertainError) -> Problem:

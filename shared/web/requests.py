@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from typing import Any, NoReturn
 
 from marshmallow import Schema, ValidationError
@@ -86,7 +87,12 @@ def load(schema: type[Schema], body: dict[str, Any]) -> Any:
 def _parse(raw: bytes) -> Any:
     try:
         text = raw.decode()
-        body = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        body = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_unambiguous,
+        )
     except UnicodeDecodeError as exc:
         raise _malformed("the body is not UTF-8") from exc
     except json.JSONDecodeError as exc:
@@ -127,6 +133,15 @@ def _finite(text: str) -> float:
     if math.isinf(number):
         raise _malformed("the body has a number that is out of range")
     return number
+
+
+def _unambiguous(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; of two members of one name, RFC 8259, 4, leaves open which one counts."""
+    made = dict(members)
+    if len(made) < len(members):
+        [(name, _)] = Counter(name for name, _ in members).most_common(1)
+        raise _malformed(f"the body names {name!r} more than once in one object")
+    return made
 
 
 def _malformed(detail: str) -> Problem:

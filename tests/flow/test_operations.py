@@ -254,6 +254,8 @@ class TestMessages:
         ("query", "field"),
         [
             ({"limit": "0"}, "limit"), ({"limit": "101"}, "limit"), ({"limit": "x"}, "limit"),
+            ({"limit": "1_0"}, "limit"), ({"limit": "+10"}, "limit"),
+            ({"limit": "\u0661"}, "limit"),
             ({"cursor": "nonsense"}, "cursor"), ({"status": "odd"}, "status"),
             ({"priority": "odd"}, "priority"), ({"queue": "a b"}, "queue"),
             ({"createdFrom": "yesterday"}, "createdFrom"),
@@ -279,6 +281,22 @@ class TestMessages:
         assert answer.status_code == 422, answer.text
         assert list(answer.json()["errors"]) == ["status"]
         assert site.call("GET", "/queue/health", params={"at": "1"}).status_code == 200
+
+    @pytest.mark.parametrize(
+        ("method", "path", "body"),
+        [
+            ("POST", "retry", {}), ("POST", "retry/some-id", None),
+            ("POST", "subscriptions/1/pause", None), ("POST", "queues/source/resume", None),
+            ("PUT", "subscriptions/1/limits", {}), ("DELETE", "schedules/some", None),
+        ],
+    )  # fmt: skip
+    def test_refuse_a_query_where_a_body_or_nothing_says_what_is_changed(
+        self, site, method, path, body
+    ):
+        answer = site.call(method, f"/queue/{path}", params={"queue": "other"}, json=body)
+
+        assert answer.status_code == 422, answer.text
+        assert list(answer.json()["errors"]) == ["queue"]
 
 
 class TestCauses:

@@ -317,7 +317,8 @@ class TestTransfer:
         ("line", "said"),
         [
             ("{", "is not JSON"),
-            ('{"messageId": "a"}', "queueName"),
+            ('{"messageId": "a"}', "queueName: Missing data for required field."),
+            ("[]", "line: Invalid input type."),
             ('{"messageId": "a", "queueName": "a b", "messageType": "c", "payload": 1}', "queue"),
             (BROKEN, "user_id"),
         ],

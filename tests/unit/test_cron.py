@@ -137,7 +137,7 @@ def test_refuses_what_is_no_expression(expression: str, said: str) -> None:
     "zone",
     [
         "", "Mars", "Europe", "../etc/passwd", "/etc/passwd", "U\0TC", "A" * 300, "localtime",
-        "right/Europe/Berlin", "posix/Europe/Berlin", "posix/UTC",
+        "right/Europe/Berlin", "posix/Europe/Berlin", "posix/UTC", "Factory",
     ],
 )  # fmt: skip
 def test_refuses_what_is_no_zone(zone: str) -> None:

@@ -385,6 +385,8 @@ class TestBody:
             (r'{"a\u0000": 1}', "NUL"),
             (r'{"item": "\ud83d"}', "surrogate"),
             (r'{"\udc00": 1}', "surrogate"),
+            ('{"item": 1, "item": 2}', "names 'item' more than once"),
+            ('{"item": {"a": [], "b": 1, "a": []}}', "names 'a' more than once"),
             ('{"item": ' + nested(MAX_JSON_DEPTH + 2) + "}", "deeper than 64"),
             ('{"item": ' + nested(40_000) + "}", "deeper than 64"),
             (nested(40_000), "deeper than 64"),
