@@ -91,7 +91,7 @@ class Site:
         wait_until(
             lambda: self.message(message_id)["status"] == status,
             20,
-            lambda: f"{status}: {self.message(message_id)}",
+            lambda: f"{status}: {self.message(message_id)} {self.reasons(message_id)}",
         )
         return self.message(message_id)
 
@@ -126,8 +126,11 @@ class Site:
             lambda: self.patient.output(),
         )
 
+    def reasons(self, message_id):
+        return self.get(f"/queue/messages/{message_id}/why")["reasons"]
+
     def why(self, message_id, subscriber):
-        its = self.get(f"/queue/messages/{message_id}/why")["reasons"]
+        its = self.reasons(message_id)
         return [each for each in its if each["subscriber"] == subscriber][-1]
 
     def ran(self, handler, message_id):
