@@ -85,6 +85,7 @@ def report_of(
         "missing": found.lack.counts.total(),
         "misdrawn": len(found.misdrawn),
         "unpaused": len(found.unpaused),
+        "withheld": len(found.withheld),
         "repaired": repair and not found.are_none,
     }
 

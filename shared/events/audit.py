@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
+from itertools import product
 from typing import TypeVar
 
 from sqlalchemy import Connection
@@ -74,6 +75,8 @@ class Findings:
     """How many of each subscription the provider has; ``None`` where that says nothing."""
     unpaused: list[Subscription] = field(default_factory=list)
     """Paused by the log, and the provider would hand out what they have."""
+    withheld: list[Subscription] = field(default_factory=list)
+    """Paused in the provider alone: what they have would wait for ever, and nobody told why."""
 
     def __str__(self) -> str:
         wrong = []
@@ -83,12 +86,15 @@ class Findings:
             wrong.append(f"{len(self.misdrawn)} messages of another status than their deliveries")
         if self.unpaused:
             wrong.append(f"{len(self.unpaused)} pauses missing in the provider")
+        if self.withheld:
+            wrong.append(f"{len(self.withheld)} pauses of the provider alone")
         return " and ".join(wrong) or "every delivery is accounted for"
 
     @property
     def are_none(self) -> bool:
         """Whether the books balance."""
-        return not self.lack.suspects and not self.misdrawn and not self.unpaused
+        wrong = self.lack.suspects or self.misdrawn or self.unpaused or self.withheld
+        return not wrong
 
 
 Answer = Callable[[Sequence[Entry]], Lack]
@@ -313,7 +319,10 @@ class Audit:
         found = self._compare(entries) if entries else Findings()
         if misdrawn:
             found.misdrawn = misdrawn & self._read(audit.misdrawn)
-        found.unpaused = self._unpaused()
+        found.unpaused = self._twice(self._paused_in_log_alone)
+        # who has nothing to get misses nothing
+        waiting = {each.subscription_id for each in entries}
+        found.withheld = self._twice(partial(self._paused_there_alone, waiting))
         return found
 
     def repair(self, found: Findings) -> None:
@@ -323,7 +332,7 @@ class Audit:
         :raises ProviderError: when the provider does not.
         """
         # before there is anything that it could hand out
-        self._pause_again(found.unpaused)
+        self._pause_as_logged(found.unpaused + found.withheld)
         seqs, ids = sorted(found.lack.suspects), sorted(found.misdrawn)
         for part in _parts(seqs):
             self._database.run(
@@ -356,12 +365,13 @@ class Audit:
         still = _both(stayed, self._elsewhere())
         return Findings(first(still) & second(still), held=held)
 
-    def _unpaused(self) -> list[Subscription]:
-        """Return what is paused by the log alone; who pauses and resumes tells both in turn."""
-        found = self._paused_in_log_alone()
+    @staticmethod
+    def _twice(look: Callable[[], list[Subscription]]) -> list[Subscription]:
+        """Look again for what was found: who pauses and resumes tells both in turn."""
+        found = look()
         if found:
             sleep(AGAIN_SECONDS)
-            again = self._paused_in_log_alone()
+            again = look()
             found = [each for each in found if each in again]
         return found
 
@@ -372,15 +382,26 @@ class Audit:
             provider.initialize()
         return [x for x in paused if not all(provider.is_paused(x) for provider in apart)]
 
-    def _pause_again(self, wanted: Sequence[Subscription]) -> None:
-        for provider in self._apart():
-            for each in wanted:
-                provider.pause(each)
-        still = self._read(subscriptions.paused) if wanted else []
-        for provider in self._apart():
-            for each in wanted:
-                if each not in still:
-                    provider.resume(each)  # somebody took it back just now
+    def _paused_there_alone(self, ids: Set[int]) -> list[Subscription]:
+        apart = self._apart() if ids else []
+        paused = {each.id for each in self._read(subscriptions.paused)} if apart else ()
+        for provider in apart:
+            provider.initialize()
+        return [
+            each
+            for each in (self._read(subscriptions.active) if apart else ())
+            if each.id in ids and each.id not in paused and each.reliable
+            if any(provider.is_paused(each) for provider in apart)
+        ]
+
+    def _pause_as_logged(self, wanted: Sequence[Subscription]) -> None:
+        if not wanted:
+            return
+        done, paused = None, self._read(subscriptions.paused)
+        while paused != done:  # else somebody paused or resumed just now
+            for provider, each in product(self._apart(), wanted):
+                (provider.pause if each in paused else provider.resume)(each)
+            done, paused = paused, self._read(subscriptions.paused)
 
     def _apart(self) -> list[QueueProvider]:
         """Return the providers in use that have storage of their own."""

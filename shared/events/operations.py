@@ -345,7 +345,7 @@ class AuditTimer(DependencyProvider):
                 self._say(logging.WARNING, "audit: %s; repaired", found)
                 self._mailbox.answer(self.client.relay)
             lacking = found.lack.counts.total()
-            counts.ended(lacking, len(found.misdrawn), len(found.unpaused))
+            counts.ended(lacking, len(found.misdrawn), len(found.unpaused + found.withheld))
         except (ProviderError, StoreUnavailableError) as exc:
             counts.put_off()
             self._say(logging.WARNING, "audit put off: %s", exc)

@@ -338,8 +338,7 @@ class Operations(Publisher, Replays):
         return self._pause(actor, its, is_paused) if its else None
 
     def _pause(self, actor: str, wanted: Sequence[Subscription], is_paused: bool) -> dict[str, Any]:
-        for each in wanted:
-            self.client.ask_all(partial(_set_paused, subscription=each, is_paused=is_paused))
+        self._have_paused(wanted, is_paused)
         ids = [each.id for each in wanted]
 
         def step(tx: Transaction) -> tuple[None, list[Delivery]]:
@@ -350,11 +349,13 @@ class Operations(Publisher, Replays):
             return None, []
 
         self.client.call(step)
-        if not is_paused:
-            # an audit that saw the pause in the log alone may have put it back in between
-            for each in wanted:
-                self.client.ask_all(partial(_set_paused, subscription=each, is_paused=False))
+        # an audit that saw it at one of both alone may have taken it back in between
+        self._have_paused(wanted, is_paused)
         return {"subscriptions": ids, "paused": is_paused}
+
+    def _have_paused(self, wanted: Sequence[Subscription], is_paused: bool) -> None:
+        for each in wanted:
+            self.client.ask_all(partial(_set_paused, subscription=each, is_paused=is_paused))
 
     def limit(self, actor: str, subscription_id: int, wanted: Limits) -> dict[str, Any]:
         """Set the limits of a subscription, all of them; whoever consumes hears within seconds.

@@ -70,11 +70,9 @@ class AuditCounts:
         self.missing_deliveries = 0
         self.misdrawn_messages = 0
 
-    def ended(
-        self, missing_deliveries: int, misdrawn_messages: int, missing_pauses: int = 0
-    ) -> None:
+    def ended(self, missing_deliveries: int, misdrawn_messages: int, wrong_pauses: int = 0) -> None:
         """Count one that put right so much."""
-        is_repaired = missing_deliveries or misdrawn_messages or missing_pauses
+        is_repaired = missing_deliveries or misdrawn_messages or wrong_pauses
         self.audits["repaired" if is_repaired else "balanced"] += 1
         self.missing_deliveries += missing_deliveries
         self.misdrawn_messages += misdrawn_messages

@@ -9,7 +9,9 @@ from click.testing import CliRunner
 
 from shared.cli import main
 from shared.events.audit import Counting
+from shared.providers import make_provider
 from shared.providers.rabbitmq.layout import delay_levels
+from shared.store import subscriptions
 from shared.testing.servers import HOST, free_port
 from tests.flow.conftest import BACKENDS
 from tests.support.metrics import parsed, value
@@ -257,6 +259,31 @@ def test_a_pause_that_rabbitmq_lost_holds_again_after_a_repair(rabbit):
 
     pauses.call("resume")
     flow.wait_for_status(message_id, "completed")
+
+
+@pytest.mark.parametrize("name", ["redis", "rabbitmq"])
+def test_a_pause_that_the_provider_alone_has_is_taken_back(request, name):
+    """Given a queue_admin that died while it paused: nobody would ever know what is waited for."""
+    flow = request.getfixturevalue("redis_flow" if name == "redis" else "rabbit")
+    flow = flow if name == "redis" else flow[0]
+    pauses = Pauses(flow)
+    assert audit(flow)[0] == 0
+    with flow.reading() as connection:
+        [subscription] = [x for x in subscriptions.active(connection) if x.id == pauses.id]
+    provider = make_provider(flow.settings)
+    provider.initialize()
+    provider.pause(subscription)
+    provider.close()
+    message_id = pauses.send(1)
+    wait_until(pauses.lasts, 20, lambda: str(audit(flow)))
+
+    status, report = audit(flow)
+    assert (status, report["withheld"], report["unpaused"]) == (1, 1, 0)
+    assert flow.effects.all(handler="first") == []
+    assert audit(flow, "--repair")[0] == 0
+
+    flow.wait_for_status(message_id, "completed")
+    assert audit(flow)[0] == 0
 
 
 def test_queue_admin_puts_right_what_a_broker_lost(redis_flow, redis_server):

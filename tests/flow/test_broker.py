@@ -42,6 +42,7 @@ class Counter:
 @pytest.fixture
 def apart(flow_on, redis_server):
     HANDLED.clear()
+    redis_server.empty()
     flow = flow_on({"QUEUE_PROVIDER": f"{__name__}:Apart", **redis_server.environment})
     container = ServiceContainer(Counter, dict(flow.env))
     container.start()

@@ -10,6 +10,7 @@ RECORDER = "tests.flow.apps.recorder"
 
 
 def test_a_worker_goes_on_when_redis_is_back(flow_on, redis_server):
+    redis_server.empty()
     flow = flow_on({"QUEUE_PROVIDER": "redis", **redis_server.environment})
     worker = flow.run(RECORDER)
     ids = [
