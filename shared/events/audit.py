@@ -384,7 +384,7 @@ class Audit:
 
     def _paused_there_alone(self, ids: Set[int]) -> list[Subscription]:
         apart = self._apart() if ids else []
-        paused = {each.id for each in self._read(subscriptions.paused)} if apart else ()
+        paused = self._paused_ids() if apart else ()
         for provider in apart:
             provider.initialize()
         return [
@@ -397,11 +397,14 @@ class Audit:
     def _pause_as_logged(self, wanted: Sequence[Subscription]) -> None:
         if not wanted:
             return
-        done, paused = None, self._read(subscriptions.paused)
+        done, paused = None, self._paused_ids()
         while paused != done:  # else somebody paused or resumed just now
             for provider, each in product(self._apart(), wanted):
-                (provider.pause if each in paused else provider.resume)(each)
-            done, paused = paused, self._read(subscriptions.paused)
+                (provider.pause if each.id in paused else provider.resume)(each)
+            done, paused = paused, self._paused_ids()
+
+    def _paused_ids(self) -> set[int]:
+        return {each.id for each in self._read(subscriptions.paused)}
 
     def _apart(self) -> list[QueueProvider]:
         """Return the providers in use that have storage of their own."""

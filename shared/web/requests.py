@@ -140,7 +140,7 @@ def _unambiguous(members: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(members)
     if len(made) < len(members):
         [(name, _)] = Counter(name for name, _ in members).most_common(1)
-        raise _malformed(f"the body names {name!r} more than once in one object")
+        raise _malformed(f"the body names {name[:100]!r} more than once in one object")
     return made
 
 
