@@ -21,7 +21,7 @@ SCOPE = ""
 """Where its keys are unique: over all queues, none of which has this name."""
 
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
-_BARE = re.compile(r"[!#-\[\]-~]+")
+_BARE = re.compile(r"[!#-+\--\[\]-~]+")
 
 
 def dedupe_of(request: Request, body: Mapping[str, Any]) -> Dedupe | None:
@@ -33,13 +33,15 @@ def dedupe_of(request: Request, body: Mapping[str, Any]) -> Dedupe | None:
     header = request.headers.get("Idempotency-Key")
     if header is None:
         return None
+    # two headers come as one, with a comma between
     key = _key(header.strip())
     if key is None or not 1 <= len(key) <= LONGEST_DEDUPE_KEY or key != key.strip():
         raise Problem(
             400,
             "idempotency-key-malformed",
             "The Idempotency-Key is not valid",
-            detail=f"Idempotency-Key must be a string of 1 to {LONGEST_DEDUPE_KEY} characters",
+            detail=f"Idempotency-Key must be one string of 1 to {LONGEST_DEDUPE_KEY} characters;"
+            " with a comma or a space in it, it must stand in quotes",
         )
     text = json.dumps(body, sort_keys=True, ensure_ascii=False, default=str)
     return Dedupe(SCOPE, key, sha256(text.encode()).hexdigest())

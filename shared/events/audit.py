@@ -29,6 +29,7 @@ from shared.providers import (
 from shared.settings import Settings
 from shared.store import audit, subscriptions
 from shared.store.audit import Account, Entry
+from shared.store.migrate import see_log
 from shared.types import Subscription
 
 AGAIN_SECONDS = 0.2
@@ -128,10 +129,11 @@ class Listing:
 
     def ask(self, entries: Sequence[Entry]) -> Answer:
         """See :data:`Answer`."""
-        by_queue: dict[str, list[int]] = defaultdict(list)
+        by_id: dict[int, list[int]] = defaultdict(list)
         for each in entries:
-            by_queue[self._known[each.subscription_id].queue].append(each.seq)
-        there = {x for queue, seqs in by_queue.items() for x in self._provider.holds(queue, seqs)}
+            by_id[each.subscription_id].append(each.seq)
+        holds, known = self._provider.holds, self._known
+        there = {seq for id_, seqs in by_id.items() for seq in holds(known[id_], seqs)}
         self.there = there
         self.held = Counter(each.subscription_id for each in entries if each.seq in there)
         return lambda stayed: _all_of(each for each in stayed if each.seq not in there)
@@ -311,9 +313,12 @@ class Audit:
     def look(self) -> Findings:
         """Look for what is wrong; what is in order takes one look.
 
-        :raises StoreUnavailableError: when the database does not answer.
+        :raises StoreUnavailableError: when the database does not answer, or there is no log.
         :raises ProviderError: when the provider does not.
         """
+        see_log(self._database)
+        for provider in self._apart():
+            provider.initialize()  # one that does not answer is no finding, whatever is to be found
         misdrawn = self._read(audit.misdrawn)
         entries = self._elsewhere()
         found = self._compare(entries) if entries else Findings()
@@ -378,15 +383,11 @@ class Audit:
     def _paused_in_log_alone(self) -> list[Subscription]:
         apart = self._apart()
         paused = self._read(subscriptions.paused) if apart else []
-        for provider in apart if paused else ():
-            provider.initialize()
         return [x for x in paused if not all(provider.is_paused(x) for provider in apart)]
 
     def _paused_there_alone(self, ids: Set[int]) -> list[Subscription]:
         apart = self._apart() if ids else []
         paused = self._paused_ids() if apart else ()
-        for provider in apart:
-            provider.initialize()
         return [
             each
             for each in (self._read(subscriptions.active) if apart else ())
@@ -421,7 +422,6 @@ class Audit:
     def _asker_of(
         self, provider: QueueProvider, known: Mapping[int, Subscription]
     ) -> Listing | Counting:
-        provider.initialize()
         if provider.capabilities.lists:
             return Listing(provider, known)
         return Counting(provider, known, partial(self._read, utc_now))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -32,7 +31,7 @@ from shared.settings import Settings
 from shared.store import backlog, dedupe, log
 from shared.store.dedupe import First
 from shared.store.log import Handover
-from shared.store.migrate import LOG, missing
+from shared.store.migrate import see_log
 from shared.types import Delivery, Envelope, Subscription
 
 AGAIN_SECONDS = 0.2
@@ -149,19 +148,9 @@ class DirectClient:
     # --- within
 
     def _check_tables(self) -> None:
-        if self._is_checked:
-            return
-        file = self._database.engine.url.database
-        if self._database.is_sqlite and not Path(str(file)).exists():
-            # to look must not make a log where none was
-            raise StoreUnavailableError(f"{file}: there is no message log; see QUEUE_DATA_DIR")
-        try:
-            lack = missing(self._database.engine, LOG)
-        except SQLAlchemyError as exc:
-            raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
-        if lack:
-            raise StoreUnavailableError(lack)
-        self._is_checked = True
+        if not self._is_checked:
+            see_log(self._database)
+            self._is_checked = True
 
     def _connect(self) -> None:
         if not self._is_connected:

@@ -260,9 +260,9 @@ class Move:
     def _not_moved(self, subscription: Subscription, seqs: list[int]) -> list[int]:
         """Return those that the new provider does not have, as far as one of them can tell."""
         if self._old is not None and self._old.capabilities.lists:
-            have = self._old.holds(subscription.queue, seqs)
+            have = self._old.holds(subscription, seqs)
             return [seq for seq in seqs if seq in have]
-        have = self._client.ask(partial(_held, queue=subscription.queue, seqs=seqs))
+        have = self._client.ask(partial(_held, subscription=subscription, seqs=seqs))
         if have:
             self._run(partial(moving.mark, seqs=sorted(have), to=self.route.new))
         return [seq for seq in seqs if seq not in have]
@@ -301,5 +301,5 @@ class Move:
         self._run(partial(trail.note, deed=deed))
 
 
-def _held(provider: QueueProvider, queue: str, seqs: Sequence[int]) -> Set[int]:
-    return provider.holds(queue, seqs) if provider.capabilities.lists else set()
+def _held(provider: QueueProvider, subscription: Subscription, seqs: Sequence[int]) -> Set[int]:
+    return provider.holds(subscription, seqs) if provider.capabilities.lists else set()

@@ -181,8 +181,8 @@ class QueueProvider(ABC):
 
     # --- what an audit asks; a provider that cannot answer leaves these as they are
 
-    def holds(self, queue: str, seqs: Sequence[int]) -> set[int]:
-        """Return which of these deliveries of a queue it has, in whatever state.
+    def holds(self, subscription: Subscription, seqs: Sequence[int]) -> set[int]:
+        """Return which of these deliveries of a subscription it has, in whatever state.
 
         :raises UnsupportedByProviderError: unless it ``lists``.
         """

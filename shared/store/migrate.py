@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, MetaData, inspect, text
+from sqlalchemy.exc import SQLAlchemyError
 
-from shared.database import reading
+from shared.database import Database, reading
+from shared.errors import StoreUnavailableError
 from shared.tables import metadata
 
 ENTRY_POINT_GROUP = "queue_service.tables"
@@ -79,6 +81,22 @@ def missing(engine: Engine, migrations: Migrations) -> str | None:
         return None
     state = "are missing" if current is None else f"are at version {current}"
     return f"the tables of {migrations.name} {state}: run queuectl db upgrade"
+
+
+def see_log(database: Database) -> None:
+    """See that there is a message log, with the tables of this release; make none.
+
+    :raises StoreUnavailableError: when there is none, or the database does not answer.
+    """
+    file = database.engine.url.database
+    if database.is_sqlite and not Path(str(file)).exists():
+        raise StoreUnavailableError(f"{file}: there is no message log; see QUEUE_DATA_DIR")
+    try:
+        lack = missing(database.engine, LOG)
+    except SQLAlchemyError as exc:
+        raise StoreUnavailableError(str(getattr(exc, "orig", None) or exc)) from exc
+    if lack:
+        raise StoreUnavailableError(lack)
 
 
 def _current(engine: Engine, migrations: Migrations) -> str | None:

@@ -277,7 +277,66 @@ class TestPublishingAgain:
         provider.publish(make_deliveries(5))
         one, two, three = provider.reserve({PLACED.id: 3}, 3)
         provider.settle([acknowledged(one), ended(two, "retry", 60), ended(three, "dead_letter")])
-        assert provider.holds(QUEUE, [*range(1, 10)]) == {2, 3, 4, 5}
+        assert provider.holds(PLACED, [*range(1, 10)]) == {2, 3, 4, 5}
+
+
+class TestDamage:
+    """What somebody removed by hand, or a failover lost in part: no worker falls over it."""
+
+    @pytest.mark.parametrize("envelope", [None, "", "no JSON", "[]\n1", '{"id": "1"}\n{}'])
+    def test_an_envelope_that_cannot_be_read_holds_up_no_other(
+        self, provider: RedisProvider, client: Any, envelope: str | None
+    ) -> None:
+        sent = make_deliveries(3)
+        provider.publish(sent)
+        [key] = client.keys("*:messages")
+        client.hdel(key, 2)
+        if envelope is not None:
+            client.hset(key, 2, envelope)
+        assert seqs(provider.peek(PLACED, 9)) == [1, 3]
+        leases = provider.reserve({PLACED.id: 9}, 2) + provider.reserve({PLACED.id: 9}, 9)
+        assert seqs(leases) == [1, 3]
+        # and it can be published again
+        assert provider.holds(PLACED, [1, 2, 3]) == {1, 3}
+        provider.publish(sent)
+        assert seqs(provider.reserve({PLACED.id: 9}, 9)) == [2]
+
+    @pytest.mark.parametrize("place", ["waiting", "scheduled", "leases", "dead"])
+    def test_what_is_in_no_place_is_not_held_and_can_be_published_again(
+        self, provider: RedisProvider, client: Any, place: str
+    ) -> None:
+        """Given one delivery in each place, of which one set is deleted."""
+        sent = make_deliveries(4)
+        provider.publish(sent)
+        _, two, three = provider.reserve({PLACED.id: 3}, 3)
+        provider.settle([ended(two, "retry", 60), ended(three, "dead_letter")])
+        its = {"leases": 1, "scheduled": 2, "dead": 3, "waiting": 4}[place]
+        [key] = client.keys(f"*:{place}")
+        client.delete(key)
+
+        assert provider.holds(PLACED, [1, 2, 3, 4]) == {1, 2, 3, 4} - {its}
+        provider.publish([sent[its - 1]])
+        assert provider.holds(PLACED, [1, 2, 3, 4]) == {1, 2, 3, 4}
+        assert its in seqs(provider.reserve({PLACED.id: 9}, 9))
+
+    def test_a_lease_in_no_place_is_lost_once_it_is_published_again(
+        self, provider: RedisProvider, client: Any
+    ) -> None:
+        [sent] = make_deliveries(1)
+        provider.publish([sent])
+        [lease] = provider.reserve({PLACED.id: 1}, 1)
+        [key] = client.keys("*:leases")
+        client.delete(key)
+        provider.publish([sent])
+        assert provider.extend([lease]) == [lease]
+        [again] = provider.reserve({PLACED.id: 9}, 9)
+        assert again.token > lease.token
+        assert provider.settle([acknowledged(again)]) == []
+
+    def test_of_another_subscription_is_not_held(self, provider: RedisProvider) -> None:
+        [sent] = make_deliveries(1)
+        provider.publish([sent])
+        assert provider.holds(replace(PLACED, id=PLACED.id + 1), [sent.seq]) == set()
 
 
 class TestTrouble:

@@ -83,6 +83,65 @@ def test_a_redis_that_was_wiped_in_mid_stream_is_filled_again(redis_flow, redis_
     assert worker.process.poll() is None
 
 
+def test_what_was_removed_from_redis_by_hand_is_missed_and_comes_back(redis_flow, redis_server):
+    """Given a worker, and of two deliveries that wait one without envelope, one in no place."""
+    flow = redis_flow
+    worker = flow.run(BRISK)
+    message_id = flow.send("single.happened", {"n": 1})
+    flow.wait_for_status(message_id, "completed")
+    worker.stop()
+    bare, placeless = [flow.send("single.happened", {"n": n}) for n in (2, 3)]
+    with redis_server.client(1) as client:
+        [waiting] = client.keys("*:waiting")
+        [messages] = client.keys("*:messages")
+        [first, second] = client.zrange(waiting, 0, -1)
+        client.hdel(messages, first)
+        client.zrem(waiting, second)
+    assert by_subscriber(audit(flow)[1], "missing")["recorder.timed"] == 2
+
+    assert audit(flow, "--repair")[0] == 0
+
+    flow.run(BRISK)
+    for each in (bare, placeless):
+        flow.wait_for_status(each, "completed")
+
+
+def test_a_worker_that_meets_an_envelope_that_is_gone_goes_on(redis_flow, redis_server):
+    """Given a worker that reserves it before any audit."""
+    flow = redis_flow
+    worker = flow.run(BRISK)
+    message_id = flow.send("single.happened", {"n": 1})
+    flow.wait_for_status(message_id, "completed")
+    worker.stop()
+    bare, other = [flow.send("single.happened", {"n": n}) for n in (2, 3)]
+    with redis_server.client(1) as client:
+        [messages] = client.keys("*:messages")
+        client.hdel(messages, min(client.hkeys(messages), key=int))
+
+    worker = flow.run(BRISK)
+    flow.wait_for_status(other, "completed")
+    assert "no readable envelope" in worker.output()
+    assert audit(flow, "--repair")[0] == 0
+    flow.wait_for_status(bare, "completed")
+
+
+def test_a_redis_that_is_down_is_no_balance(redis_flow):
+    """Given nothing that waits there."""
+    CliRunner().invoke(main, ["db", "upgrade"], env=redis_flow.env, catch_exceptions=False)
+    assert audit(redis_flow)[0] == 0
+    env = {**redis_flow.env, "REDIS_HOST": HOST, "REDIS_PORT": str(free_port())}
+    done = CliRunner().invoke(main, ["audit"], env=env)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "Redis at" in done.stderr
+
+
+def test_where_there_is_no_log_none_is_made(tmp_path):
+    done = CliRunner().invoke(main, ["audit"], env={"QUEUE_DATA_DIR": str(tmp_path)})
+    assert done.exit_code == 1
+    assert "there is no message log; see QUEUE_DATA_DIR" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_its_worker_had_when_redis_was_wiped_is_taken_over(redis_flow, redis_server):
     """Given a worker that dies with the Redis that knew what it had in hand."""
     flow = redis_flow

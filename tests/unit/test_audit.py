@@ -203,7 +203,7 @@ class Lister:
     def initialize(self) -> None:
         pass
 
-    def holds(self, _queue: str, _seqs: Sequence[int]) -> set[int]:
+    def holds(self, _subscription: Subscription, _seqs: Sequence[int]) -> set[int]:
         return set()
 
     def close(self) -> None:

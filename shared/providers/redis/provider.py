@@ -7,8 +7,10 @@ clock decides what is due. Who waits is woken by pub/sub.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
+from itertools import compress
 from time import monotonic
 from typing import Any
 
@@ -39,6 +41,8 @@ from shared.providers.redis.wire import (
 from shared.providers.rpc import RpcTransport
 from shared.settings import Settings
 from shared.types import Delivery, Lease, Settlement, Subscription
+
+_log = logging.getLogger(__name__)
 
 SETTLED_MS = 60_000
 """How long settled deliveries are remembered: somebody whose publishing got no answer does it
@@ -102,7 +106,7 @@ class RedisProvider(Connected, QueueProvider):
         self._hear()
         self._due = math.inf
         leases: list[Lease] = []
-        hungry = self._in_turn(self._by_queue(limits))
+        hungry = wanted = self._in_turn(self._by_queue(limits))
         turn = self._turns // max(len(hungry), 1)
         while hungry and (left := limit - len(leases)) > 0:
             asked = [each for each in with_shares(hungry, left) if each.share > 0]
@@ -112,6 +116,7 @@ class RedisProvider(Connected, QueueProvider):
                 self._note_due(answer[0])
             # who got less than its share has no more
             hungry = [each for each in hungry if each.has_more]
+        self._forget_unreadable([each for each in wanted if each.unreadable])
         return sorted(leases, key=order_of)
 
     def settle(self, settlements: Sequence[Settlement], tx: Any = None) -> list[Settlement]:
@@ -160,7 +165,8 @@ class RedisProvider(Connected, QueueProvider):
     def peek(self, subscription: Subscription, limit: int) -> list[Delivery]:
         keys = self._keys.of(subscription.queue, [subscription.id])
         [answer] = self._run([script("peek", keys, subscription.id, limit)])
-        return [lease.delivery for lease in leases_of(answer)]
+        leases, _ = leases_of(answer)
+        return [lease.delivery for lease in leases]
 
     def purge(self, subscription: Subscription) -> int:
         return self._remove(subscription, "waiting", "scheduled")
@@ -171,12 +177,12 @@ class RedisProvider(Connected, QueueProvider):
         self._run([Command(key, ("SREM", key, subscription.id))])
         self._mine.pop(subscription.id, None)
 
-    def holds(self, queue: str, seqs: Sequence[int]) -> set[int]:
-        key = self._keys.deliveries(queue)
+    def holds(self, subscription: Subscription, seqs: Sequence[int]) -> set[int]:
+        keys = self._keys.of(subscription.queue, [subscription.id])
         chunks = [seqs[i : i + MOST_AT_ONCE] for i in range(0, len(seqs), MOST_AT_ONCE)]
-        answers = self._run([Command(key, ("HMGET", key, *chunk)) for chunk in chunks])
-        found = [record for answer in answers for record in answer]
-        return {seq for seq, record in zip(seqs, found, strict=True) if record is not None}
+        answers = self._run([script("holds", keys, subscription.id, *chunk) for chunk in chunks])
+        found = [is_here for answer in answers for is_here in answer]
+        return set(compress(seqs, found))
 
     def drop_scheduled(
         self,
@@ -192,6 +198,21 @@ class RedisProvider(Connected, QueueProvider):
             if seqs and is_over(seqs) >= set(seqs):
                 dropped += self._remove(each, "scheduled")
         return dropped
+
+    def _forget_unreadable(self, found: Sequence[Wanted]) -> None:
+        """Let go of what nobody can handle: an audit finds that it is missing, and repairs it."""
+        commands = []
+        for queue, its in ((each.queue, its) for each in found for its in each.unreadable):
+            _log.error(
+                "redis has no readable envelope of delivery %d of %s, which is missing from now on",
+                its.seq,
+                queue,
+            )
+            keys = self._keys.of(queue, [its.subscription_id])
+            line = line_of(1, its.seq, its.token, "forget", 0)
+            channel = self._keys.channel(queue)
+            commands.append(script("settle", keys, channel, SETTLED_MS, SETTLED_MOST, line))
+        self._run(commands)
 
     # --- what is said to Redis
 

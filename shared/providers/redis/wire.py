@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from shared.types import Delivery, Envelope, Lease, Priority
 
@@ -33,9 +33,6 @@ class Keys:
 
     def channel(self, queue: str) -> str:
         return self._key(queue, "wake")
-
-    def deliveries(self, queue: str) -> str:
-        return self._key(queue, "deliveries")
 
     def health(self, queue: str) -> str:
         """Return the name of a key that there never is."""
@@ -140,13 +137,17 @@ class Wanted:
     limits: dict[int, int] = field(default_factory=dict)
     share: int = 0
     has_more: bool = True
+    unreadable: list[Unreadable] = field(default_factory=list)
 
     def take(self, answer: list[Any]) -> list[Lease]:
         """Read what was reserved, and note whether there may be more."""
-        leases = leases_of(answer[1:])
-        for lease in leases:
-            self.limits[lease.delivery.subscription_id] -= 1
-        self.has_more = len(leases) == self.share and any(x > 0 for x in self.limits.values())
+        leases, unreadable = leases_of(answer[1:])
+        self.unreadable += unreadable
+        got = [lease.delivery.subscription_id for lease in leases]
+        got += [each.subscription_id for each in unreadable]
+        for each in got:
+            self.limits[each] -= 1
+        self.has_more = len(got) == self.share and any(x > 0 for x in self.limits.values())
         return leases
 
 
@@ -195,6 +196,10 @@ def encoded(envelope: Envelope) -> str:
 
 
 def _decoded(text: str) -> Envelope:
+    """Read an envelope.
+
+    :raises ValueError, KeyError, TypeError: when it is none.
+    """
     head, _, body = text.partition("\n")
     values = json.loads(head)
     for name in ("scheduled_at", "created_at"):
@@ -203,13 +208,26 @@ def _decoded(text: str) -> Envelope:
     return Envelope(body=body, **values)
 
 
-def leases_of(flat: Sequence[str]) -> list[Lease]:
+class Unreadable(NamedTuple):
+    """A lease of what nobody can handle: its envelope is gone, or is none."""
+
+    seq: int
+    subscription_id: int
+    token: int
+
+
+def leases_of(flat: Sequence[str | None]) -> tuple[list[Lease], list[Unreadable]]:
     """Read leases from what a script answered: for each a line, and an envelope."""
-    leases = []
+    leases, unreadable = [], []
     for line, envelope in zip(flat[::2], flat[1::2], strict=True):
-        seq, subscription_id, token, attempts = map(int, line.split())
-        leases.append(Lease(Delivery(seq, subscription_id, _decoded(envelope), attempts), token))
-    return leases
+        seq, subscription_id, token, attempts = map(int, str(line).split())
+        try:
+            message = _decoded(envelope or "")
+        except (ValueError, KeyError, TypeError):
+            unreadable.append(Unreadable(seq, subscription_id, token))
+        else:
+            leases.append(Lease(Delivery(seq, subscription_id, message, attempts), token))
+    return leases, unreadable
 
 
 def order_of(lease: Lease) -> tuple[int, int]:

@@ -86,7 +86,7 @@ class TestHolds:
     def _can(self, worker: Worker, placed: Subscription) -> None:
         if not worker.provider.capabilities.lists:
             with pytest.raises(UnsupportedByProviderError):
-                worker.provider.holds(placed.queue, [1])
+                worker.provider.holds(placed, [1])
             pytest.skip("the provider cannot list what it has, and says so")
 
     def test_is_all_that_did_not_end(
@@ -98,7 +98,7 @@ class TestHolds:
         worker.provider.settle([Settlement(dead, SettleAction.DEAD_LETTER)])
         asked = seqs(sent)
         expected = set(asked) - {done.delivery.seq}
-        assert other.provider.holds(placed.queue, [*asked, 10**9]) == expected
+        assert other.provider.holds(placed, [*asked, 10**9]) == expected
 
 
 class TestPeek:

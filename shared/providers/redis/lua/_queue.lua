@@ -76,7 +76,7 @@ local function text_of(record)
                        record.subscription, record.rank, record.id)
 end
 
--- What a lease is told by: a line, and the envelope.
+-- What a lease is told by: a line, and the envelope; false where that is gone.
 local function add_lease(answer, seq, record, envelope)
   answer[#answer + 1] = string.format('%s %s %.0f %.0f', seq, record.subscription,
                                       record.token, record.attempts)
@@ -99,6 +99,16 @@ local function load_records(seqs)
   for i, seq in ipairs(seqs) do
     if records[seq] == nil then records[seq] = parse(found[i]) or false end
   end
+end
+
+-- Whether a delivery with a record has its envelope, and is in one of its places. What lacks
+-- either, nobody would ever handle: Redis was restored from an old copy, or somebody removed it.
+local function is_whole(place, seq)
+  if redis.call('HEXISTS', MESSAGES, seq) == 0 then return false end
+  for _, key in pairs(place) do
+    if redis.call('ZSCORE', key, seq) then return true end
+  end
+  return false
 end
 
 local function save(seq, record)

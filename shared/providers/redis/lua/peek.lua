@@ -10,8 +10,9 @@ local answer = {}
 if tonumber(ARGV[2]) <= 0 then return answer end
 for _, seq in ipairs(redis.call('ZRANGE', places(1).waiting, 0, ARGV[2] - 1)) do
   local record = record_of(seq)
-  if record and record.subscription == ARGV[1] then
-    add_lease(answer, seq, record, redis.call('HGET', MESSAGES, seq))
+  local envelope = redis.call('HGET', MESSAGES, seq)
+  if record and record.subscription == ARGV[1] and envelope then
+    add_lease(answer, seq, record, envelope)
   end
 end
 return answer

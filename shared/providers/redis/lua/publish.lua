@@ -1,8 +1,8 @@
 #!lua
 -- Queue deliveries. One that is here already is left as it is, but for a dead letter, which
--- comes back, and for one with an older token, whose place it takes; and so is one that was settled
--- just now, unless its token says that the log knows of its earlier leases, and will see by itself
--- what is to be done.
+-- comes back, and for one with an older token or one that is not whole, whose place it takes; and so
+-- is one that was settled just now, unless its token says that the log knows of its earlier leases,
+-- and will see by itself what is to be done.
 --
 -- KEYS  as in _queue.lua
 -- ARGV  1 the channel; then for each delivery a line and the envelope. The line: its place
@@ -34,6 +34,9 @@ local function record_for(place, seq, given)
   elseif given.token > record.token then
     -- the log refuses whoever has this copy, and has it dropped: that must not take the new one
     forget(place, seq)
+  elseif not is_whole(place, seq) then
+    forget(place, seq)
+    record.token = record.token + 1
   elseif redis.call('ZREM', place.dead, seq) == 0 then
     return nil
   end

@@ -38,6 +38,11 @@ function act.dead_letter(place, seq, record)
   write('ZADD', place.dead, now, seq)
 end
 
+-- Without its envelope nobody can handle it: as if it had never been here.
+function act.forget(_, seq)
+  remove(seq)
+end
+
 local function forget_settled()
   redis.call('ZREMRANGEBYSCORE', SETTLED, '-inf', now - ARGV[2])
   redis.call('ZREMRANGEBYRANK', SETTLED, 0, -1 - ARGV[3])
