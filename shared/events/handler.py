@@ -76,7 +76,10 @@ class EventHandler(NamekoEventHandler):
         batch_size: int | None = None,
         batch_timeout: float = 0.05,
         inbox: str | None = None,
-        **kwargs: Any,
+        # nameko's, by name: it says of one that is misspelt only that object() takes none
+        expected_exceptions: Any = (),
+        sensitive_arguments: Any = (),
+        sensitive_variables: Any = (),
     ) -> None:
         if batch_size is not None and not 1 <= batch_size <= LARGEST_BATCH:
             raise ValueError(f"batch_size: must be 1 to {LARGEST_BATCH}")
@@ -95,7 +98,14 @@ class EventHandler(NamekoEventHandler):
         self._inbox: Inbox | None = None
         self._gathered: list[Lease] = []
         super().__init__(
-            source_service, event_type, handler_type, reliable_delivery, requeue_on_error, **kwargs
+            source_service,
+            event_type,
+            handler_type,
+            reliable_delivery,
+            requeue_on_error,
+            expected_exceptions=expected_exceptions,
+            sensitive_arguments=sensitive_arguments,
+            sensitive_variables=sensitive_variables,
         )
 
     def setup(self) -> None:
