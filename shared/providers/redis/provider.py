@@ -7,7 +7,6 @@ clock decides what is due. Who waits is woken by pub/sub.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import compress
@@ -41,8 +40,6 @@ from shared.providers.redis.wire import (
 from shared.providers.rpc import RpcTransport
 from shared.settings import Settings
 from shared.types import Delivery, Lease, Settlement, Subscription
-
-_log = logging.getLogger(__name__)
 
 SETTLED_MS = 60_000
 """How long settled deliveries are remembered: somebody whose publishing got no answer does it
@@ -203,10 +200,9 @@ class RedisProvider(Connected, QueueProvider):
         """Let go of what nobody can handle: an audit finds that it is missing, and repairs it."""
         commands = []
         for queue, its in ((each.queue, its) for each in found for its in each.unreadable):
-            _log.error(
-                "redis has no readable envelope of delivery %d of %s, which is missing from now on",
-                its.seq,
-                queue,
+            self.notices.append(
+                f"redis has no readable envelope of delivery {its.seq} of {queue}: it is missing "
+                "until an audit repairs that"
             )
             keys = self._keys.of(queue, [its.subscription_id])
             line = line_of(1, its.seq, its.token, "forget", 0)
