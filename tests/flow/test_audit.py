@@ -97,7 +97,8 @@ def test_what_was_removed_from_redis_by_hand_is_missed_and_comes_back(redis_flow
         [first, second] = client.zrange(waiting, 0, -1)
         client.hdel(messages, first)
         client.zrem(waiting, second)
-    assert by_subscriber(audit(flow)[1], "missing")["recorder.timed"] == 2
+    # the log hears a moment later that they were published
+    wait_until(lambda: audit(flow)[1]["missing"] == 2, 10, lambda: str(audit(flow)))
 
     assert audit(flow, "--repair")[0] == 0
 
