@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from shared.clock import replaced_utc_now
 from shared.errors import StoreUnavailableError
-from shared.mysql import NativeConnection, connect_natively
+from shared.mysql import NativeConnection, connect_natively, connect_plainly
 from shared.settings import Settings
 
 Sleep = Callable[[float], Any]
@@ -141,12 +141,18 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
 
 def make_engine(
-    url: URL, sleep: Sleep, *, isolation_level: Any = "READ COMMITTED", **options: Any
+    url: URL,
+    sleep: Sleep,
+    *,
+    isolation_level: Any = "READ COMMITTED",
+    connect: Callable[..., Any] = connect_plainly,
+    **options: Any,
 ) -> Engine:
     """Make an engine for one thread, or for one hub.
 
     :param sleep: how that thread waits: ``eventlet.sleep`` on the hub.
     :param isolation_level: on MySQL and MariaDB.
+    :param connect: makes a connection, on MySQL and MariaDB.
     """
     if url.get_backend_name() == "sqlite":
         return _sqlite_engine(url, sleep, options)
@@ -159,25 +165,22 @@ def make_engine(
         connect_args={"connect_timeout": 5, "read_timeout": 30, "write_timeout": 30},
         **options,
     )
+    event.listen(engine, "do_connect", connect)
     event.listen(engine, "connect", _set_utc)
     return engine
 
 
 def _thread_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
     """Make the engine of a native thread, whose transactions are short, and end in any case."""
-    engine = make_engine(url, sleep, **options)
+    engine = make_engine(url, sleep, connect=_connect_with_deadlines, **options)
     if engine.dialect.name != "sqlite":
-        event.listen(engine, "do_connect", _connect_with_deadlines)
         event.listen(engine, "connect", _end_orphans)
     return engine
 
 
 def _patient_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
     """Make the engine of a native thread whose queries may take long."""
-    engine = make_engine(url, sleep, **options)
-    if engine.dialect.name != "sqlite":
-        event.listen(engine, "do_connect", connect_natively)
-    return engine
+    return make_engine(url, sleep, connect=connect_natively, **options)
 
 
 def _connect_with_deadlines(

@@ -186,9 +186,13 @@ class MariaDBDatabase:
 
 
 class MariaDBServer(Server):
-    """``mariadbd``, with settings that are fast and yet survive that it is killed."""
+    """``mariadbd``, with settings that are fast and yet survive that it is killed.
 
-    def __init__(self) -> None:
+    :param options: further arguments.
+    """
+
+    def __init__(self, *options: str) -> None:
+        self._options = options
         self._program = find_program("mariadbd", "mariadb-server")
         install = find_program("mariadb-install-db", "mariadb-server")
         super().__init__()
@@ -224,6 +228,7 @@ class MariaDBServer(Server):
             "--innodb-log-file-size=16M",
             "--innodb-buffer-pool-size=64M",
             "--innodb-fast-shutdown=1",
+            *self._options,
         ]
 
     def answers(self) -> bool:

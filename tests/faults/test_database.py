@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from time import monotonic
 
 import eventlet
@@ -13,13 +14,14 @@ import pytest
 from sqlalchemy import text
 
 from shared import database
-from shared.database import Database, database_url
+from shared.database import Database, database_url, make_reader
 from shared.errors import DispatchError, DispatchUncertainError, StoreUnavailableError
 from shared.events import fate
 from shared.native import sleep
 from shared.settings import load_settings
 from shared.store.backlog import PUBLISH_SECONDS
 from shared.testing.servers import MariaDBServer
+from tests.conftest import migrate
 from tests.faults import faults
 from tests.faults.proxy import Proxy
 from tests.flow.conftest import BACKENDS, Flow
@@ -28,6 +30,9 @@ from tests.support.waiting import wait_until
 pytestmark = pytest.mark.flow
 
 RECORDER = "tests.flow.apps.recorder"
+
+PEM = Path(__file__).parents[1] / "services/localhost.pem"
+"""A key, and a certificate by itself."""
 
 
 @pytest.fixture
@@ -46,6 +51,15 @@ def frozen(server: MariaDBServer) -> Iterator[None]:
     assert server.process is not None
     with faults.frozen(server.process.pid):
         yield
+
+
+@pytest.fixture(scope="module")
+def tls_server() -> Iterator[MariaDBServer]:
+    """One that offers TLS, as MySQL 8 and MariaDB 11.4 do by themselves."""
+    server = MariaDBServer(f"--ssl-cert={PEM}", f"--ssl-key={PEM}")
+    server.start()
+    yield server
+    server.close()
 
 
 def total(flow: Flow) -> int:
@@ -151,6 +165,50 @@ def test_a_frozen_server_holds_up_a_look_for_seconds_only(
 
     assert its.read(lambda tx: tx.connection.execute(query).scalar()) == 1
     its.close()
+
+
+def test_whose_server_offers_tls_gets_it_and_the_same_deadlines(tls_server, monkeypatch):
+    monkeypatch.setattr(database, "ANSWER_SECONDS", 1)
+    proxy = Proxy(tls_server.port)
+    of_proxy = {**tls_server.create_database().environment, "DB_PORT": str(proxy.port)}
+    url = database_url(load_settings(of_proxy))
+    its, cipher = Database(url, sleep), text("SHOW SESSION STATUS LIKE 'Ssl_cipher'")
+
+    def look(tx: database.Transaction) -> str:
+        return str(tx.connection.execute(cipher).one()[1])
+
+    def looks_in_vain() -> bool:
+        began = monotonic()
+        with pytest.raises(StoreUnavailableError):
+            its.read(look)
+        return monotonic() - began < 2
+
+    assert "AES" in its.read(look)
+    with frozen(tls_server):
+        assert looks_in_vain()
+    with proxy.catching(b"\x16\x03", "to_server"):  # what a handshake begins with
+        assert looks_in_vain()
+    assert "AES" in its.read(look)
+    its.close()
+    # the same on the hub
+    reader = make_reader(url, eventlet.sleep)
+    with reader.connect() as connection:
+        assert "AES" in connection.execute(cipher).one()[1]
+    reader.dispose()
+    proxy.close()
+
+
+def test_events_are_delivered_over_tls(tls_server, tmp_path):
+    env = dict(tls_server.create_database().environment)
+    migrate(env)
+    with contextlib.closing(Flow(tmp_path, env)) as flow:
+        worker = flow.run(RECORDER)
+        ids = flow.send_many([("thing.happened", {"n": n}) for n in range(50)])
+        tls_server.restart()
+        ids += flow.send_many([("thing.happened", {"n": n}) for n in range(50, 100)])
+        flow.wait_for_counts(completed=100)
+        assert len(set(ids)) == 100
+        assert worker.process.poll() is None
 
 
 def test_who_looks_through_all_there_is_may_take_longer(mariadb_log, monkeypatch):
