@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -256,22 +256,27 @@ class ApartPump(Pump):
         self._mailbox.inbox.wait(max(0.0, self._next_timer() - monotonic()))
 
     def _next_timer(self) -> float:
-        timers = [self._sweep_at if self._may_sweep else monotonic() + SWEEP_SECONDS]
-        if not self._connected or self._reports or (self._unsaved and not self._known):
-            timers.append(monotonic() + RECONNECT_SECONDS)
-        if self._known:
-            timers.append(self._store_at)
-        if self._mine:
-            timers += [self._sign_at, self._limits_at]
-        if self._has_leases:
-            timers.append(self._renew_at)
-        if self._unbegun:
-            timers.append(self._begin_at)
-        if self._published:
-            timers.append(self._publish_at)
+        is_cut_off = self._trouble is not None and not self._connected
+        # whatever is due needs the log
+        timers = [monotonic() + RECONNECT_SECONDS] if is_cut_off else list(self._duties())
         if self._die_at is not None:
             timers.append(self._die_at)
         return min(timers)
+
+    def _duties(self) -> Iterator[float]:
+        yield self._sweep_at if self._may_sweep else monotonic() + SWEEP_SECONDS
+        if not self._connected or self._reports or (self._unsaved and not self._known):
+            yield monotonic() + RECONNECT_SECONDS
+        if self._known:
+            yield self._store_at
+        if self._mine:
+            yield from (self._sign_at, self._limits_at)
+        if self._has_leases:
+            yield self._renew_at
+        if self._unbegun:
+            yield self._begin_at
+        if self._published:
+            yield self._publish_at
 
     # --- one turn
 

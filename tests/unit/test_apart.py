@@ -15,6 +15,7 @@ from shared.database import CommitUncertainError
 from shared.errors import StoreUnavailableError
 from shared.events.apart import ApartPump
 from shared.events.commands import Append, Finish, Publish, Published, Reserved, Settle
+from shared.events.pump import RECONNECT_SECONDS
 from shared.native import Mailbox, Promise
 from shared.providers import Capabilities
 from shared.settings import load_settings
@@ -155,6 +156,27 @@ class TestOutcomes:
         pump._do_together_or_singly(turn)
 
         assert statuses(store, outcomes) == ["completed", "completed"]
+
+
+class TestALogThatIsAway:
+    def test_is_tried_now_and_then_whatever_is_due(
+        self, store: Log, pump: ApartPump, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Given a sign of life, a sweep and more that nobody can see to meanwhile."""
+        pump._mine = [store.subscribe()]
+        [sent] = store.do(log.append, [event()], 3, handover=HANDED)
+        away = Mock(side_effect=StoreUnavailableError("away"))
+        with monkeypatch.context() as patch:
+            patch.setattr(pump, "_prepare_tables", away)
+            patch.setattr(pump._database, "run", away)
+            patch.setattr(pump._database, "read", away)
+            send(pump, Published([sent], [], False))
+            for _ in range(2):
+                pump._sign_at = pump._sweep_at = pump._publish_at = 0.0
+                pump._turn()
+                assert RECONNECT_SECONDS / 2 < pump._next_timer() - monotonic()
+        pump._turn()
+        assert store.delivery(sent.seq).lease_expires_at is None
 
 
 class TestBacklog:
