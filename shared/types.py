@@ -114,8 +114,14 @@ class Envelope:
 
     @property
     def payload(self) -> Any:
-        """The payload, decoded anew at each call."""
-        return json.loads(self.body)
+        """The payload, decoded anew at each call.
+
+        :raises ValueError: when others sent what is no JSON, or none that Python reads.
+        """
+        try:
+            return json.loads(self.body)
+        except RecursionError as exc:
+            raise ValueError("nests too deep") from exc
 
     def ranked(self, rank: int) -> Envelope:
         """Return it with the priority of a rank: that of a delivery may be another."""
@@ -255,6 +261,16 @@ def encode_payload(payload: Any, max_bytes: int) -> str:
     if size > max_bytes:
         raise PayloadError({"payload": f"has {size} bytes; at most {max_bytes} are allowed"})
     return body
+
+
+def shown_payload(body: str) -> Any:
+    """Return a payload as it is shown: its text where others sent what is none."""
+    try:
+        payload = json.loads(body)
+        check_json(payload)
+    except (ValueError, RecursionError):
+        return body
+    return payload
 
 
 def check_json(value: Any, field_name: str = "payload") -> None:

@@ -84,6 +84,9 @@ FINISH_SECONDS = 3.0
 """How long the provider may take for what is left to be told to it."""
 
 
+MOST_NAMED = 20
+"""Message ids in one line of the log."""
+
 UNBEGUN_SECONDS = 0.2
 """How long a handler may run before the log is told that it began: most are over by then."""
 
@@ -590,6 +593,8 @@ class ApartPump(Pump):
         self._confirm(turn)
         self._publish(turn)
         self._settle(turn)
+        if turn.started.unknown:
+            self._say_unknown([x.delivery.message.id for x in turn.started.unknown])
         self._resume(turn.started.resumed)
         self._detach([x for x in turn.started.run if x.key in turn.adopted])
         self._hand_out(turn.started.run)
@@ -620,6 +625,15 @@ class ApartPump(Pump):
         if self._provider.capabilities.fans_out:  # else nothing is published without a subscription
             self._alone |= dict.fromkeys(message_ids[: MOST_ALONE - len(self._alone)])
         self._has_backlog, self._sweep_at = True, 0.0
+
+    def _say_unknown(self, ids: list[str]) -> None:
+        more = f" and {len(ids) - MOST_NAMED} more" if len(ids) > MOST_NAMED else ""
+        self._say(
+            logging.WARNING,
+            "dropped what came and is not in this log, an older one or another, message_id=%s%s",
+            ", ".join(ids[:MOST_NAMED]),
+            more,
+        )
 
     def _relay(self, turn: ApartTurn) -> None:
         for each in turn.asked:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -289,7 +288,7 @@ class EventHandler(NamekoEventHandler):
         message = lease.delivery.message
         try:
             payload = message.payload
-        except json.JSONDecodeError as exc:
+        except ValueError as exc:
             raise ContractError({"payload": f"is not JSON: {exc}"}) from exc
         contracts.check(self.source_service, self.event_type, payload, message.metadata)
         return payload

@@ -30,7 +30,7 @@ from shared.store.repair import ORIGIN
 from shared.store.trail import Deed
 from shared.tables import OWN_METADATA, deliveries, messages
 from shared.tables import subscriptions as subscriptions_table
-from shared.types import Dedupe, Delivery, Envelope
+from shared.types import Dedupe, Delivery, Envelope, shown_payload
 
 UNDONE = (*sorted(WAITING), DeliveryStatus.PROCESSING, DeliveryStatus.FAILED)
 """States of deliveries that are not done with."""
@@ -108,7 +108,7 @@ def _line(row: Any, its: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         "messageId": row.id,
         "queueName": row.queue_name,
         "messageType": row.message_type,
-        "payload": json.loads(row.payload),
+        "payload": shown_payload(row.payload),
         "priority": row.priority,
         "maxRetries": own.get("max_retries"),
         "metadata": kept,

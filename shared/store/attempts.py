@@ -59,6 +59,9 @@ class Started:
     resumed: list[Lease] = field(default_factory=list)
     again: list[Delivery] = field(default_factory=list)
     """What is to be published again: the log has moved on since it was."""
+    unknown: list[Lease] = field(default_factory=list)
+    """What is settled since this log has no such delivery: it is not the log that it is from, or
+    an older state of it."""
 
 
 def _may_become(status: DeliveryStatus) -> ColumnElement[bool]:
@@ -232,12 +235,16 @@ def start(
     seen: set[int] = set()
     for lease in leases:
         seq = lease.delivery.seq
+        if lease.key not in is_new and not _is_of(states.get(seq), lease):
+            started.unknown.append(lease)
+            started.settled.append(Settlement(lease, SettleAction.ACKNOWLEDGE))
+            continue
         if seq in seen:
             started.settled.append(Settlement(lease, SettleAction.ACKNOWLEDGE))
         elif lease.key in is_new:
             started.run.append(lease)
         else:
-            _sort_out(tx, started, lease, states.get(seq), seq in running, copies)
+            _sort_out(tx, started, lease, states[seq], seq in running, copies)
         seen.add(seq)
     _begin(tx, started.run + started.resumed, worker, held_for)
     return started
@@ -252,7 +259,7 @@ def _sort_out(
     copies: _Copies | None,
 ) -> None:
     """Find out what to do with a delivery that may have been handed out before."""
-    if state is None or state.status in FINAL:
+    if state.status in FINAL:
         started.settled.append(Settlement(lease, _stored_action(state)))
         return
     is_other_copy = copies is not None and copies.is_other(lease, state)
@@ -336,8 +343,9 @@ def fit(
     states = _states(tx, first) if first else {}
     good: dict[int, Lease] = {}
     for lease in first:
-        state = states.get(lease.delivery.seq)
-        if state is None or not _is_fresh(state) or state.seq in good or state.seq in known:
+        state: Any = states.get(lease.delivery.seq)
+        is_fit = _is_of(state, lease) and _is_fresh(state)
+        if not is_fit or state.seq in good or state.seq in known:
             break
         good[state.seq] = replace(lease, token=lease.token or state.lease_token + 1)
     return list(good.values()), list(leases[len(good) :])
@@ -474,8 +482,8 @@ def record(tx: Transaction, outcomes: Sequence[Outcome]) -> tuple[list[Outcome],
     refused: list[Outcome] = []
     ended: dict[DeliveryStatus, list[tuple[Any, Outcome]]] = defaultdict(list)
     for outcome in outcomes:
-        state = states.get(outcome.lease.delivery.seq)
-        if state is None or not _is_held(state, outcome.lease):
+        state: Any = states.get(outcome.lease.delivery.seq)
+        if not _is_of(state, outcome.lease) or not _is_held(state, outcome.lease):
             refused.append(outcome)
         else:
             del states[state.seq]  # another would end the same lease
@@ -516,8 +524,13 @@ def _states_of(tx: Transaction, seqs: Sequence[int]) -> dict[int, Any]:
     return {row.seq: row for row in _STATES.fetch(tx, {"seqs": seqs})}
 
 
+def _is_of(state: Any, lease: Lease) -> bool:
+    """Whether a row is a delivery's: a log that was restored from a backup uses numbers again."""
+    return state is not None and state.message_id == lease.delivery.message.id
+
+
 def _stored_action(state: Any) -> SettleAction:
-    if state is not None and state.status == DeliveryStatus.FAILED:
+    if state.status == DeliveryStatus.FAILED:
         return SettleAction.DEAD_LETTER
     return SettleAction.ACKNOWLEDGE
 

@@ -258,7 +258,7 @@ def decided_ids(tx: Transaction, ids: Sequence[str]) -> set[str]:
 
 def _with_times(tx: Transaction, envelope: Envelope) -> Envelope:
     scheduled_at = envelope.scheduled_at
-    if envelope.delay is not None:
+    if envelope.delay:
         scheduled_at = tx.later(envelope.delay)
     return replace(envelope, scheduled_at=scheduled_at, delay=None, created_at=tx.now)
 

@@ -14,6 +14,7 @@ from shared.lifecycle import WAITING
 from shared.statements import Prepared
 from shared.store.subscriptions import SILENT_AFTER_SECONDS
 from shared.tables import attempts, deliveries, messages, subscriptions
+from shared.types import shown_payload
 
 d = deliveries.c
 m = messages.c
@@ -35,7 +36,7 @@ def message(connection: Connection, message_id: str) -> dict[str, Any]:
         "messageId": row["id"],
         "queueName": row["queue_name"],
         "messageType": row["message_type"],
-        "payload": json.loads(row["payload"]),
+        "payload": shown_payload(row["payload"]),
         "status": row["status"],
         "priority": row["priority"],
         "retryCount": row["retry_count"],

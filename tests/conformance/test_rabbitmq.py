@@ -367,6 +367,17 @@ class TestBesideNameko:
 # --- messages
 
 
+def headers(of: Mapping[str, Any]) -> bytes:
+    """Return headers as a message's properties."""
+    return amqp.Message(application_headers=of)._serialize_properties()  # type: ignore[no-any-return]
+
+
+def table(key: bytes, value: bytes) -> bytes:
+    """Return an AMQP table of one field, whose value begins with its type."""
+    field = bytes([len(key)]) + key + value
+    return len(field).to_bytes(4) + field
+
+
 class TestMessages:
     def test_are_bare_payloads_with_headers(self, provider: RabbitMQProvider, channel: Any) -> None:
         [sent] = make_deliveries(
@@ -427,6 +438,37 @@ class TestMessages:
         [lease] = reserve(provider)
         assert lease.delivery.message.metadata == {}
         assert [notice.split(":")[0] for notice in provider.notices] == [sent[0].message.id]
+
+    @pytest.mark.parametrize(
+        "properties",
+        [
+            # flags, and what they say is there: headers (0x2000), or a message id (0x0080)
+            b"\x20\x00" + table(b"sent", b"T" + (1_700_000_000_000).to_bytes(8)),
+            b"\x20\x00" + table(b"caf\xe9", b"I" + (1).to_bytes(4)),
+            b"\x00\x80\x04caf\xe9",
+            headers({"queue-metadata": '{"nameko": 5}', "x": "1"}),
+            headers({"queue-metadata": '{"nameko": {"context": [1]}}', "x": "1"}),
+            headers({"queue-metadata": "[" * 50_000}),
+            headers({"queue-name": 5, "queue-seq": "x", "queue-deliveries": [1]}),
+        ],
+        ids=["time", "key", "id", "metadata", "context", "deep", "ours"],
+    )
+    def test_of_strangers_arrive_whatever_their_properties(
+        self, provider: RabbitMQProvider, channel: Any, properties: bytes
+    ) -> None:
+        message = amqp.Message(b'{"n": 1}')
+        message._serialize_properties = lambda: properties
+        channel.basic_publish(message, routing_key=queue_name(PLACED))
+        [sent] = make_deliveries(1)
+        provider.publish([sent])
+        found = reserve_within(provider, 5, 2)
+        bodies = [lease.delivery.message.body for lease in found]
+        assert sorted(bodies) == sorted(['{"n": 1}', sent.message.body])
+        # once more, as a copy
+        settle(provider, "retry", *found)
+        again = reserve_within(provider, 5, 2)
+        assert [lease.delivery.message.body for lease in again] == bodies
+        settle(provider, "acknowledge", *again)
 
     def test_may_be_large(self, provider: RabbitMQProvider) -> None:
         body = json.dumps("தேநீர்" * 300_000, ensure_ascii=False)

@@ -1,11 +1,16 @@
 """Handlers and surroundings that do what nobody should."""
 
+import json
 import os
 import shutil
 import signal
 
+import amqp
 import pytest
+from click.testing import CliRunner
 
+from shared.cli import main
+from tests.flow.conftest import BACKENDS
 from tests.support.processes import NamekoProcess
 from tests.support.waiting import wait_until
 
@@ -40,6 +45,34 @@ def test_a_handler_that_ends_strangely_is_a_failed_attempt(flow, what, error):
         assert message["deliveries"][0]["errorType"] == error
     flow.wait_for_status(good, "completed", timeout=10)
     assert worker.process.poll() is None
+
+
+def test_what_a_stranger_sent_that_nobody_can_read_is_a_dead_letter(request, flow_on):
+    """Given another program that puts messages into the queue of a handler."""
+    flow = flow_on(BACKENDS["rabbitmq"](request))
+    worker = flow.run(RECORDER)
+    bodies = [b"no JSON", b"\xff\x00", b"[" * 100_000 + b"]" * 100_000, b"1" * 6000, b""]
+    server = request.getfixturevalue("rabbitmq_server")
+    with server.connect(virtual_host=flow.env["RABBITMQ_VHOST"]) as connection:
+        for body in bodies:
+            connection.channel().basic_publish(
+                amqp.Message(body), routing_key="evt-source-single.happened--recorder.timed"
+            )
+    flow.wait_for_counts(failed=len(bodies))
+
+    message_id = flow.send("single.happened", {"n": 1})
+    flow.wait_for_status(message_id, "completed")
+    assert worker.process.poll() is None
+
+    def queuectl(*arguments):
+        return CliRunner().invoke(main, arguments, env=flow.env, catch_exceptions=False).stdout
+
+    found = json.loads(queuectl("messages", "--status", "failed", "--json"))
+    shown = [json.loads(queuectl("show", x["messageId"], "--json")) for x in found["messages"]]
+    expected = [body.decode(errors="replace") for body in bodies]
+    assert sorted(each["payload"] for each in shown) == sorted(expected)
+    assert {each["deliveries"][0]["errorType"] for each in shown} == {"ContractError"}
+    assert len(queuectl("export").splitlines()) >= len(bodies)
 
 
 def test_of_a_long_traceback_the_end_is_kept(flow):

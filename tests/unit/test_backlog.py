@@ -221,6 +221,24 @@ class TestFit:
         assert [lease.key for lease in fit] == [lease.key for lease in leases[:2]]
         assert others == leases[2:]
 
+    def test_what_has_the_number_of_another_message_does_not_run(
+        self, store: Log, delivery: Delivery
+    ) -> None:
+        """Given what a broker has of a log that was restored, and has used the number again."""
+        stranger = copy(replace(delivery, message=event()))
+        own = copy(delivery)
+        assert store.do(attempts.fit, [stranger, own], ()) == ([], [stranger, own])
+
+        started = start(store, stranger, own)
+
+        assert started.unknown == [stranger]
+        [settled] = started.settled
+        assert (settled.lease, settled.action) == (stranger, SettleAction.ACKNOWLEDGE)
+        assert [lease.delivery for lease in started.run] == [delivery]
+        outcome = Outcome(replace(started.run[0], delivery=stranger.delivery), COMPLETED)
+        assert store.record(outcome) == ([], [outcome])
+        assert store.record(Outcome(started.run[0], COMPLETED))[1] == []
+
     def test_what_runs_already_is_for_the_log_to_sort_out(
         self, store: Log, delivery: Delivery
     ) -> None:

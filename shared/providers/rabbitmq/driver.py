@@ -257,7 +257,7 @@ class Connection(amqp.Connection):
         while frame is None:
             self._fill(timeout)
             frame = self.transport.next_frame()
-        return self.on_inbound_frame(frame)
+        return self._take_in(frame)
 
     def beat(self) -> None:
         """Send a heartbeat when it is time to, and see that the other side does."""
@@ -295,9 +295,19 @@ class Connection(amqp.Connection):
         """Take in the frames that are complete; return whether there were any."""
         count = 0
         while self.transport is not None and (frame := self.transport.next_frame()) is not None:
-            self.on_inbound_frame(frame)
+            self._take_in(frame)
             count += 1
         return count > 0
+
+    def _take_in(self, frame: tuple[int, int, bytes]) -> Any:
+        """Take in a frame; a message without its properties, where py-amqp cannot read them."""
+        try:
+            return self.on_inbound_frame(frame)
+        except Exception:
+            kind, channel, data = frame
+            if kind != _HEADER_FRAME or _has_readable_properties(data):
+                raise
+            return self.on_inbound_frame((kind, channel, data[:_PROPERTIES_AT] + b"\0\0"))
 
     def _fill(self, timeout: float | None = None) -> None:
         with self.transport.having_timeout(self._left() if timeout is None else timeout):
@@ -315,6 +325,18 @@ class Connection(amqp.Connection):
 
     def _on_alarm_over(self) -> None:
         self.is_blocked = False
+
+
+_HEADER_FRAME, _PROPERTIES_AT = 2, 12
+"""Frames that begin a message, and where its properties begin in them: AMQP 0-9-1, 4.2.6.1."""
+
+
+def _has_readable_properties(data: bytes) -> bool:
+    try:
+        amqp.Message().inbound_header(data)
+    except Exception:
+        return False
+    return True
 
 
 class _Gathering:

@@ -217,7 +217,9 @@ def copied(held: Held, delivery: Delivery, attempts: int) -> Any:
     headers = {
         key: value
         for key, value in (given.get("application_headers") or {}).items()
-        if not key.startswith(_OF_A_PLACE + tuple(OUR_PREFIX + each for each in _FOR_ONE))
+        # py-amqp leaves a key as bytes that is no text
+        if isinstance(key, str)
+        and not key.startswith(_OF_A_PLACE + tuple(OUR_PREFIX + each for each in _FOR_ONE))
     }
     headers |= _headers_of(delivery.message) if delivery.message.id else {}
     headers |= numbers_of(delivery) | {f"{OUR_PREFIX}attempts": attempts}
@@ -273,16 +275,18 @@ def _envelope(held: Held, subscription: Subscription, headers: Mapping[str, Any]
 
 def _metadata(headers: Mapping[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = parsed_object(headers.get(f"{OUR_PREFIX}metadata"))
+    own = _object(made.pop(OWN_METADATA, None))
     # as nameko takes it: with whatever else there is; but what is no JSON cannot be stored
     context = {
         key.removeprefix(CONTEXT_PREFIX): value
         for key, value in headers.items()
-        if not key.startswith((OUR_PREFIX, *_OF_A_PLACE)) and _is_json(value)
+        if isinstance(key, str)
+        and not key.startswith((OUR_PREFIX, *_OF_A_PLACE))
+        and _is_json(value)
     }
     if context:
-        own = made.get(OWN_METADATA, {})
-        made[OWN_METADATA] = {**own, "context": {**own.get("context", {}), **context}}
-    return made
+        own = {**own, "context": {**_object(own.get("context")), **context}}
+    return {**made, OWN_METADATA: own} if own else made
 
 
 def _is_json(value: Any) -> bool:
@@ -296,11 +300,15 @@ def _is_json(value: Any) -> bool:
 
 def parsed_object(text: Any) -> dict[str, Any]:
     # what others put into our headers breaks nothing
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
         found = json.loads(text)
-        if isinstance(found, dict):
-            return found
+        if _is_json(found):
+            return _object(found)
     return {}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _time(text: Any) -> datetime | None:

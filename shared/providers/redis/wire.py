@@ -205,7 +205,11 @@ def _decoded(text: str) -> Envelope:
     for name in ("scheduled_at", "created_at"):
         values[name] = values[name] and datetime.fromisoformat(values[name])
     values["priority"] = Priority(values["priority"])
-    return Envelope(body=body, **values)
+    made = Envelope(body=body, **values)
+    texts = (made.id, made.queue, made.type)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(made.metadata, dict):
+        raise TypeError("a value is of another type than it may be")
+    return made
 
 
 class Unreadable(NamedTuple):
@@ -223,7 +227,7 @@ def leases_of(flat: Sequence[str | None]) -> tuple[list[Lease], list[Unreadable]
         seq, subscription_id, token, attempts = map(int, str(line).split())
         try:
             message = _decoded(envelope or "")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             unreadable.append(Unreadable(seq, subscription_id, token))
         else:
             leases.append(Lease(Delivery(seq, subscription_id, message, attempts), token))
