@@ -80,7 +80,10 @@ def missing(engine: Engine, migrations: Migrations) -> str | None:
     if (current or "") >= migrations.newest():
         return None
     state = "are missing" if current is None else f"are at version {current}"
-    return f"the tables of {migrations.name} {state}: run queuectl db upgrade"
+    todo = "run queuectl db upgrade"
+    if migrations.name not in (LOG.name, *entry_points(group=ENTRY_POINT_GROUP).names):
+        todo = f"name them among the entry points {ENTRY_POINT_GROUP!r} of a package, and {todo}"
+    return f"the tables of {migrations.name} {state}: {todo}"
 
 
 def see_log(database: Database) -> None:
