@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -37,6 +36,16 @@ def _module(name: str, text: str) -> ModuleType:
     return made
 
 
+_ALL = """begin
+    Plain = fun ({resource, _, _, Name}) -> Name;
+                (Table) when is_list(Table) -> rabbit_misc:amqp_table(Table);
+                (Value) -> Value end,
+    [maps:from_list([{Column, Plain(Value)} || {Column, Value} <- Its])
+        || Its <- %s:info_all(<<"%s">>, [%s])]
+end"""
+"""What ``rabbitmqctl`` lists, which takes it a second or two."""
+
+
 class Vhost:
     """A virtual host of a server, looked at from outside."""
 
@@ -56,15 +65,12 @@ class Vhost:
     def queues(self, *facts: str) -> dict[str, dict[str, Any]]:
         """Return the queues by their names."""
         columns = ["name", "durable", "auto_delete", "exclusive", "arguments", *facts]
-        found = {each["name"]: each for each in self._list("list_queues", *columns)}
-        for each in found.values():
-            each["arguments"] = {name: value for name, _, value in each["arguments"]}
-        return found
+        return {each["name"]: each for each in self._all("rabbit_amqqueue", *columns)}
 
     def exchanges(self) -> dict[str, dict[str, Any]]:
         """Return the exchanges by their names, but for RabbitMQ's own."""
         columns = ["name", "type", "durable", "auto_delete", "arguments"]
-        found = {each["name"]: each for each in self._list("list_exchanges", *columns)}
+        found = {each["name"]: each for each in self._all("rabbit_exchange", *columns)}
         return {name: x for name, x in found.items() if name and not name.startswith("amq.")}
 
     def bindings(self, queue: str) -> set[tuple[str, str]]:
@@ -72,13 +78,13 @@ class Vhost:
         columns = ["source_name", "destination_name", "routing_key"]
         return {
             (each["source_name"], each["routing_key"])
-            for each in self._list("list_bindings", *columns)
+            for each in self._all("rabbit_binding", *columns)
             if each["destination_name"] == queue and each["source_name"]
         }
 
-    def _list(self, command: str, *columns: str) -> list[dict[str, Any]]:
-        text = self.server.control("--formatter", "json", "-p", self.name, command, *columns)
-        return list(json.loads(text))
+    def _all(self, module: str, *columns: str) -> list[dict[str, Any]]:
+        found = self.server.evaluate(_ALL % (module, self.name, ", ".join(columns)))
+        return list(found)
 
     @contextmanager
     def channel(self) -> Any:
