@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import amqp
 import pytest
+from click.testing import CliRunner
 from nameko.standalone.events import event_dispatcher
 
+from shared.cli import main
 from shared.providers.rabbitmq.upgrade import Redeclaration
 from shared.testing.servers import RabbitMQServer
 from shared.types import Subscription
@@ -26,8 +29,9 @@ pytestmark = pytest.mark.flow
 PLAIN = "tests.flow.apps.plain_users"
 MOVED = "tests.flow.apps.moved_users"
 RECORDER = "tests.flow.apps.recorder"
+GREETINGS = "evt-auth_events-user.registered--greeter.greet"
 NOTES = "evt-source-thing.happened--greeter.note"
-FIRST = "evt-source-thing.happened--recorder.first"
+FIRST, SECOND = (f"evt-source-thing.happened--recorder.{each}" for each in ("first", "second"))
 
 SECONDS = 30
 
@@ -75,6 +79,18 @@ def queuectl(fleet: Flow) -> Callable[..., subprocess.Popen[str]]:
     return start
 
 
+@pytest.fixture
+def change(fleet: Flow) -> Callable[..., str]:
+    """The same command within this process, which need not start one; returns what it printed."""
+
+    def enter(*arguments: str, status: int = 0, **env: str) -> str:
+        done = CliRunner().invoke(main, ["rabbitmq", *arguments], env={**fleet.env, **env})
+        assert done.exit_code == status, done.output
+        return done.output
+
+    return enter
+
+
 def ended(process: subprocess.Popen[str], status: int = 0) -> str:
     """Return what a command printed, once it has ended with that status."""
     said, _ = process.communicate(timeout=90)
@@ -93,12 +109,14 @@ def send_plainly(vhost: Vhost, numbers: Any) -> None:
         dispatch("source", "thing.happened", {"n": n})
 
 
-def declare_plainly(vhost: Vhost, queue: str) -> None:
+def declare_plainly(
+    vhost: Vhost, queue: str, exchange: str = "source.events", key: str = "thing.happened"
+) -> None:
     """Declare a queue and bind it, as plain nameko does."""
     with vhost.channel() as channel:
-        channel.exchange_declare("source.events", "topic", durable=True, auto_delete=False)
+        channel.exchange_declare(exchange, "topic", durable=True, auto_delete=False)
         channel.queue_declare(queue, durable=True, auto_delete=False)
-        channel.queue_bind(queue, "source.events", "thing.happened")
+        channel.queue_bind(queue, exchange, key)
 
 
 def numbers_in(vhost: Vhost, queue: str) -> list[int]:
@@ -138,30 +156,31 @@ class TestTakeover:
 
 class TestUpgrade:
     @pytest.fixture(autouse=True)
-    def plain_queue(self, fleet: Flow, run_plain: Any, vhost: Vhost) -> None:
+    def plain_queue(self, fleet: Flow, vhost: Vhost) -> None:
         """Given a queue of plain nameko, with events; ours was there, and is in the log."""
-        run_plain().stop()
+        declare_plainly(vhost, NOTES)
+        declare_plainly(vhost, GREETINGS, "auth_events.events", "user.registered")
         fleet.run(MOVED).stop()
         send_plainly(vhost, range(120))
 
     def test_and_back_keep_messages_and_their_order(
-        self, fleet: Flow, vhost: Vhost, queuectl: Any, run_plain: Any
+        self, fleet: Flow, vhost: Vhost, change: Any, run_plain: Any
     ) -> None:
         before = vhost.bindings(NOTES)
 
-        said = ended(queuectl("upgrade-queues"))
+        said = change("upgrade-queues")
 
         assert rows(said) == [
-            ["evt-auth_events-user.registered--greeter.greet", "0", "upgraded"],
+            [GREETINGS, "0", "upgraded"],
             [NOTES, "120", "upgraded"],
         ]
         assert vhost.queues()[NOTES]["arguments"] == OURS
         assert numbers_in(vhost, NOTES) == list(range(120))
         assert vhost.bindings(NOTES) == before
         assert not [name for name in vhost.queues() if name.endswith((".moving", ".busy"))]
-        assert "is upgraded already" in ended(queuectl("upgrade-queues"))
+        assert "is upgraded already" in change("upgrade-queues")
 
-        said = ended(queuectl("downgrade-queues"))
+        said = change("downgrade-queues")
 
         assert [NOTES, "120", "downgraded"] in rows(said)
         assert vhost.queues()[NOTES]["arguments"] == {}
@@ -172,106 +191,106 @@ class TestUpgrade:
         fleet.effects.wait_for(121, handler="note")
         assert sorted(noted(fleet)) == list(range(121))
 
-    def test_gives_priorities(self, fleet: Flow, vhost: Vhost, queuectl: Any) -> None:
-        ended(queuectl("upgrade-queues", "--queue", NOTES))
+    def test_gives_priorities(self, fleet: Flow, vhost: Vhost, change: Any) -> None:
+        change("upgrade-queues", "--queue", NOTES)
 
         fleet.send("thing.happened", {"n": 120}, priority="urgent")
 
         wait_until(lambda: vhost.count(NOTES) == 121, SECONDS, "the urgent one")
         assert numbers_in(vhost, NOTES) == [120, *range(120)]
 
-    def test_to_quorum_queues_and_back(self, vhost: Vhost, queuectl: Any) -> None:
+    def test_to_quorum_queues_and_back(self, vhost: Vhost, change: Any) -> None:
         before = vhost.bindings(NOTES)
         for queue_type in ("quorum", "classic"):
-            ended(queuectl("upgrade-queues", "--queue", NOTES, RABBITMQ_QUEUE_TYPE=queue_type))
+            change("upgrade-queues", "--queue", NOTES, RABBITMQ_QUEUE_TYPE=queue_type)
             found = vhost.queues("type")[NOTES]
             assert found["type"].removeprefix("rabbit_").removesuffix("_queue") == queue_type
             assert found["arguments"]["x-dead-letter-routing-key"] == f"{NOTES}.dead"
 
-        ended(queuectl("downgrade-queues", "--queue", NOTES))
+        change("downgrade-queues", "--queue", NOTES)
 
         assert numbers_in(vhost, NOTES) == list(range(120))
         assert vhost.bindings(NOTES) == before
 
-    def test_is_for_one_at_a_time(self, fleet: Flow, vhost: Vhost, queuectl: Any) -> None:
+    def test_is_for_one_at_a_time(self, fleet: Flow, vhost: Vhost, change: Any) -> None:
         with vhost.channel() as channel:
             channel.queue_declare("nameko.redeclaration", exclusive=True)
-            said = ended(queuectl("upgrade-queues"), status=1)
+            said = change("upgrade-queues", status=1)
         assert "another one declares queues anew there" in said
         assert vhost.queues()[NOTES]["arguments"] == {}
 
     def test_leaves_paused_what_an_operator_paused(
-        self, fleet: Flow, vhost: Vhost, queuectl: Any
+        self, fleet: Flow, vhost: Vhost, change: Any
     ) -> None:
         paused = f"{NOTES}.paused"
         with vhost.channel() as channel:
             channel.queue_declare(paused, durable=True, auto_delete=False)
 
-        ended(queuectl("upgrade-queues"))
+        change("upgrade-queues")
 
         assert paused in vhost.queues()
         assert vhost.count(NOTES) == 120
 
-    def test_can_be_looked_at_before(self, vhost: Vhost, queuectl: Any) -> None:
-        said = ended(queuectl("upgrade-queues", "--dry-run"))
+    def test_can_be_looked_at_before(self, vhost: Vhost, change: Any) -> None:
+        said = change("upgrade-queues", "--dry-run")
 
         assert [NOTES, "120", "to be upgraded"] in rows(said)
         assert vhost.queues()[NOTES]["arguments"] == {}
         assert not [name for name in vhost.queues() if name.endswith((".moving", ".busy"))]
 
     def test_is_refused_while_plain_workers_consume(
-        self, fleet: Flow, vhost: Vhost, queuectl: Any, run_plain: Any
+        self, fleet: Flow, vhost: Vhost, change: Any, run_plain: Any
     ) -> None:
         plain = run_plain()
         fleet.effects.wait_for(120, handler="note")
         send_plainly(vhost, [120])
 
-        said = ended(queuectl("upgrade-queues", "--queue", NOTES), status=1)
+        said = change("upgrade-queues", "--queue", NOTES, status=1)
 
         assert "refused: consumers that are none of ours: 1" in said
         assert vhost.queues()[NOTES]["arguments"] == {}
         fleet.effects.wait_for(121, handler="note")
 
-        said = ended(queuectl("upgrade-queues", "--queue", NOTES, "--force"))
+        said = change("upgrade-queues", "--queue", NOTES, "--force")
 
         assert [NOTES, "0", "upgraded"] in rows(said)
         assert vhost.queues()[NOTES]["arguments"] == OURS
         # nameko tries again and again to declare what it cannot
         wait_until(lambda: "PRECONDITION_FAILED" in plain.output(), SECONDS, plain.output)
         send_plainly(vhost, [121])
-        ended(queuectl("downgrade-queues", "--queue", NOTES))
+        change("downgrade-queues", "--queue", NOTES)
         fleet.effects.wait_for(122, handler="note")
 
-    def test_of_a_named_queue_needs_no_log(self, vhost: Vhost, queuectl: Any) -> None:
-        said = ended(queuectl("upgrade-queues", QUEUE_LOG="off"), status=2)
+    def test_of_a_named_queue_needs_no_log(self, vhost: Vhost, change: Any) -> None:
+        said = change("upgrade-queues", QUEUE_LOG="off", status=2)
         assert "--queue: must name the queues where QUEUE_LOG is off" in said
-        said = ended(queuectl("upgrade-queues", "--queue", "evt-no-such", QUEUE_LOG="off"), 2)
+        said = change("upgrade-queues", "--queue", "evt-no-such", QUEUE_LOG="off", status=2)
         assert "evt-no-such" in said
 
-        ended(queuectl("upgrade-queues", "--queue", NOTES, QUEUE_LOG="off"))
+        change("upgrade-queues", "--queue", NOTES, QUEUE_LOG="off")
 
         assert vhost.queues()[NOTES]["arguments"] == OURS
 
-    def test_says_when_the_broker_is_away(self, queuectl: Any) -> None:
-        said = ended(queuectl("upgrade-queues", RABBITMQ_PORT="1"), status=1)
+    def test_says_when_the_broker_is_away(self, change: Any) -> None:
+        said = change("upgrade-queues", RABBITMQ_PORT="1", status=1)
         assert said.startswith("Error: RabbitMQ at 127.0.0.1:1: ")
 
 
 class TestHyphens:
-    def test_in_names_are_sorted_out_by_the_exchanges(self, vhost: Vhost, queuectl: Any) -> None:
+    def test_in_names_are_sorted_out_by_the_exchanges(self, vhost: Vhost, change: Any) -> None:
         with vhost.channel() as channel:
             for name in ("my-shop.events", "my.events"):
                 channel.exchange_declare(name, "topic", durable=True, auto_delete=False)
             for name in ("evt-my-shop-sold-out--a.b", "evt-shop-x--a.b"):
                 channel.queue_declare(name, durable=True, auto_delete=False)
 
-        said = ended(queuectl("upgrade-queues", "--queue", "evt-my-shop-sold-out--a.b"), 2)
+        said = change("upgrade-queues", "--queue", "evt-my-shop-sold-out--a.b", status=2)
         assert "events of which source: my, my-shop?" in said
-        said = ended(queuectl("upgrade-queues", "--queue", "evt-shop-x--a.b"), 2)
+        said = change("upgrade-queues", "--queue", "evt-shop-x--a.b", status=2)
         assert "no queue of events whose source is known" in said
 
         arguments = ["--queue", "evt-my-shop-sold-out--a.b", "--source", "my-shop"]
-        ended(queuectl("upgrade-queues", *arguments))
+        change("upgrade-queues", *arguments)
 
         assert ("my-shop.events", "sold-out") in vhost.bindings("evt-my-shop-sold-out--a.b")
 
@@ -338,10 +357,13 @@ class TestOurWorkers:
         sent = 0
 
         for command in ("upgrade-queues", "downgrade-queues", "upgrade-queues"):
-            process = queuectl(command)
+            # of the others, to which nothing comes, each would take two seconds as well
+            process = queuectl(command, "--queue", FIRST, "--queue", SECOND)
             while process.poll() is None:
                 fleet.send("thing.happened", {"n": sent})
                 sent += 1
+                # fewer than can be sent: all that are left behind are handled at the end
+                time.sleep(0.01)
             assert "graded" in ended(process)
 
         def done() -> set[int]:
@@ -372,7 +394,7 @@ class TestOurWorkers:
         assert "x-max-priority" in vhost.queues()[FIRST]["arguments"]
 
     def test_leave_scheduled_retries_to_plain_ones(
-        self, fleet: Flow, vhost: Vhost, queuectl: Any, run_plain: Any
+        self, fleet: Flow, vhost: Vhost, change: Any, run_plain: Any
     ) -> None:
         """A retry that waits in the delay queues finds the queue that was declared anew."""
         ours = fleet.run("tests.flow.apps.failing_greeter")
@@ -381,7 +403,7 @@ class TestOurWorkers:
         fleet.send("thing.happened", {"n": 2}, delay=6)
         ours.stop()
 
-        ended(queuectl("downgrade-queues"))
+        change("downgrade-queues")
         run_plain()
 
         fleet.effects.wait_for(2, handler="note")
