@@ -17,7 +17,7 @@ from shared.database import database_url, make_reader
 from shared.events import EventDispatcher, QueueService
 from shared.settings import load_settings
 from shared.store import queries, stats
-from shared.testing.servers import MariaDBServer
+from shared.testing.servers import MariaDBDatabase, MariaDBServer
 from tests.conftest import migrate
 from tests.support.processes import Effects, NamekoProcess
 from tests.support.waiting import wait_until
@@ -196,18 +196,27 @@ def _embedded(_request: pytest.FixtureRequest) -> Mapping[str, str]:
 def _redis(request: pytest.FixtureRequest) -> Mapping[str, str]:
     server = request.getfixturevalue("redis_server")
     server.empty()
-    log = request.getfixturevalue("mariadb_log")
-    return {"QUEUE_PROVIDER": "redis", **server.environment, **log}
+    return {"QUEUE_PROVIDER": "redis", **server.environment, **_empty_log(request)}
 
 
 def _rabbitmq(request: pytest.FixtureRequest) -> Mapping[str, str]:
     server = request.getfixturevalue("rabbitmq_server")
     broker = {**server.environment, "RABBITMQ_VHOST": server.new_vhost()}
-    return {"QUEUE_PROVIDER": "rabbitmq", **broker, **request.getfixturevalue("mariadb_log")}
+    return {"QUEUE_PROVIDER": "rabbitmq", **broker, **_empty_log(request)}
+
+
+def _empty_log(request: pytest.FixtureRequest) -> Mapping[str, str]:
+    # as mariadb_log does, for fixtures of whole modules as well
+    database: MariaDBDatabase = request.getfixturevalue("migrated_mariadb")
+    request.getfixturevalue("mariadb_server").empty(database)
+    return database.environment
 
 
 BACKENDS = {"embedded": _embedded, "redis": _redis, "rabbitmq": _rabbitmq}
-"""What the way of an event has to be the same on: SQLite alone, or a broker and MariaDB."""
+"""What the way of an event has to be the same on: SQLite alone, or a broker and MariaDB.
+
+All on MariaDB have one database: no two of them at once.
+"""
 
 
 @pytest.fixture(params=list(BACKENDS))
