@@ -81,8 +81,8 @@ class AlertSite(Site):
             engine = make_engine(database_url(self.flow.settings, "notifications"), sleep)
             upgrade(engine, service_migrations("notifications", MailBase))
             engine.dispose()
-        self.flow.run("services.notifications")
-        self.flow.run("services.queue_admin", QUEUE_ADMIN_ADDRESS="127.0.0.1:0")
+        both = ("services.notifications", "services.queue_admin")
+        self.flow.run(*both, QUEUE_ADMIN_ADDRESS="127.0.0.1:0")
         self.database = Database(database_url(self.flow.settings), sleep)
 
     def alerts(self):
@@ -120,11 +120,22 @@ class AlertSite(Site):
         self.webhook.stop()
 
 
-@pytest.fixture(params=list(BACKENDS))
-def site(request, tmp_path):
-    made = AlertSite(tmp_path, dict(BACKENDS[request.param](request)))
+@pytest.fixture(scope="module", params=list(BACKENDS))
+def shared_site(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    made = AlertSite(folder, dict(BACKENDS[request.param](request)))
     yield made
     made.close()
+    for log in sorted(folder.glob("process-*.log")):
+        print(f"--- {log.name}\n{log.read_text(errors='replace')[-6000:]}")
+
+
+@pytest.fixture
+def site(shared_site):
+    """The site of the backend, where nothing is dead."""
+    yield shared_site
+    for each in shared_site.listed(queue=QUEUE, status="failed"):
+        shared_site.post(f"/queue/messages/{each}/discard")
 
 
 @pytest.fixture
@@ -132,6 +143,74 @@ def plain_site(tmp_path):
     made = AlertSite(tmp_path, {})
     yield made
     made.close()
+
+
+def make_old(site, days=40):
+    def step(tx):
+        at = tx.now - timedelta(days=days)
+        its = {"created_at": at, "processed_at": at}
+        done = messages.c.status.in_(["completed", "failed"])
+        tx.connection.execute(update(messages).where(done).values(**its))
+
+    site.database.run(step)
+
+
+def test_what_is_old_is_removed_by_command_and_by_the_hour(site):
+    """This comes before what shares the site: it counts all that is in the log."""
+
+    def queuectl(*args):
+        done = CliRunner().invoke(main, [*args], env=site.flow.env)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    dead = site.failed()
+    old = [site.publish({"n": n}) for n in range(3)]
+    for each in old:
+        site.wait_for(each, "completed")
+    make_old(site)
+    new = site.publish({"n": 4})
+    site.wait_for(new, "completed")
+    before = queuectl("audit", "--json")
+    assert before["balanced"]
+
+    assert queuectl("prune", "--dry-run", "--json") == {"messages": 3, "removed": False}
+    assert queuectl("prune", "--json") == {"messages": 3, "removed": True}
+
+    assert site.listed() == [new, dead]
+    after = queuectl("audit", "--json")
+    assert after["balanced"]
+    for each in before["subscriptions"]:
+        each["removed"] += 3 * (each["subscriber"] in (FIRST, "patient.second"))
+    assert after == before
+    for each in after["subscriptions"]:
+        ended = each["completed"] + each["dead"] + each["discarded"]
+        assert each["dispatched"] == ended + each["waiting"]
+    [entry] = [each for each in site.trail() if each["action"] == "prune"]
+    assert entry["detail"] == {"messages": 3, "deliveries": 6}
+    shown = site.get("/queue/retention")
+    assert (shown["completedDays"], shown["deadDays"], shown["inboxDays"]) == (30, 0, 30)
+    assert shown["lastRunAt"] < shown["nextRunAt"]
+    assert shown["lastResult"] == {"messages": 3, "deliveries": 6}
+    # and by itself
+    make_old(site)
+    newest = site.publish({"n": 5})  # whose message is never removed
+    site.wait_for(newest, "completed")
+    site.database.run(
+        lambda tx: tx.connection.execute(
+            update(timers).where(timers.c.name == "retention").values(next_at=tx.now)
+        )
+    )
+    wait_until(
+        lambda: site.get("/queue/retention")["lastResult"] == {"messages": 1, "deliveries": 2},
+        SECONDS,
+        lambda: str(site.get("/queue/retention")),
+    )
+    assert site.listed() == [newest, dead]
+    assert site.trail()[0]["actor"] == "queue_admin"
+    # what was removed is not missed: work goes on
+    again = site.publish({"n": 6})
+    site.wait_for(again, "completed")
+    assert queuectl("audit", "--json")["balanced"]
 
 
 def test_an_episode_is_told_once_by_mail_and_webhook_and_so_is_its_end(site):
@@ -264,69 +343,3 @@ def test_thresholds_are_set_by_call_and_command(plain_site):
     assert "no queue nowhere" in queuectl("set", "nowhere", "--none", status=1).stderr
     queuectl("set", QUEUE, "--dead-letters", "-1", status=2)
     wait_until(lambda: not site.alerts()["firing"], SECONDS, "the end")
-
-
-def make_old(site, days=40):
-    def step(tx):
-        at = tx.now - timedelta(days=days)
-        its = {"created_at": at, "processed_at": at}
-        done = messages.c.status.in_(["completed", "failed"])
-        tx.connection.execute(update(messages).where(done).values(**its))
-
-    site.database.run(step)
-
-
-def test_what_is_old_is_removed_by_command_and_by_the_hour(site):
-    def queuectl(*args):
-        done = CliRunner().invoke(main, [*args], env=site.flow.env)
-        assert done.exit_code == 0, done.output
-        return json.loads(done.stdout)
-
-    dead = site.failed()
-    old = [site.publish({"n": n}) for n in range(3)]
-    for each in old:
-        site.wait_for(each, "completed")
-    make_old(site)
-    new = site.publish({"n": 4})
-    site.wait_for(new, "completed")
-    before = queuectl("audit", "--json")
-    assert before["balanced"]
-
-    assert queuectl("prune", "--dry-run", "--json") == {"messages": 3, "removed": False}
-    assert queuectl("prune", "--json") == {"messages": 3, "removed": True}
-
-    assert site.listed() == [new, dead]
-    after = queuectl("audit", "--json")
-    assert after["balanced"]
-    for each in before["subscriptions"]:
-        each["removed"] += 3 * (each["subscriber"] in (FIRST, "patient.second"))
-    assert after == before
-    for each in after["subscriptions"]:
-        ended = each["completed"] + each["dead"] + each["discarded"]
-        assert each["dispatched"] == ended + each["waiting"]
-    [entry] = [each for each in site.trail() if each["action"] == "prune"]
-    assert entry["detail"] == {"messages": 3, "deliveries": 6}
-    shown = site.get("/queue/retention")
-    assert (shown["completedDays"], shown["deadDays"], shown["inboxDays"]) == (30, 0, 30)
-    assert shown["lastRunAt"] < shown["nextRunAt"]
-    assert shown["lastResult"] == {"messages": 3, "deliveries": 6}
-    # and by itself
-    make_old(site)
-    newest = site.publish({"n": 5})  # whose message is never removed
-    site.wait_for(newest, "completed")
-    site.database.run(
-        lambda tx: tx.connection.execute(
-            update(timers).where(timers.c.name == "retention").values(next_at=tx.now)
-        )
-    )
-    wait_until(
-        lambda: site.get("/queue/retention")["lastResult"] == {"messages": 1, "deliveries": 2},
-        SECONDS,
-        lambda: str(site.get("/queue/retention")),
-    )
-    assert site.listed() == [newest, dead]
-    assert site.trail()[0]["actor"] == "queue_admin"
-    # what was removed is not missed: work goes on
-    again = site.publish({"n": 6})
-    site.wait_for(again, "completed")
-    assert queuectl("audit", "--json")["balanced"]
