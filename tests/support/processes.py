@@ -112,20 +112,36 @@ class Effects:
         self.path = path
 
     def all(self, **wanted: Any) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        # a handler that was killed may have left half a line
-        lines = self.path.read_text().split("\n")[:-1]
-        found = [json.loads(line) for line in lines]
-        return [each for each in found if wanted.items() <= each.items()]
+        return _those(self._lines(), wanted)
 
     def wait_for(self, count: int, timeout: float = 20, **wanted: Any) -> list[dict[str, Any]]:
-        wait_until(
-            lambda: len(self.all(**wanted)) >= count,
-            timeout,
-            lambda: f"{count} effects like {wanted}, only {len(self.all(**wanted))}",
-        )
-        return self.all(**wanted)
+        found: list[dict[str, Any]] = []
+        read = 0
+
+        def is_enough() -> bool:
+            # each line once: thousands, read again and again, take the time of who writes them
+            nonlocal read
+            new = self._lines(read)
+            read += len(new)
+            found.extend(_those(new, wanted))
+            return len(found) >= count
+
+        wait_until(is_enough, timeout, lambda: f"{count} effects like {wanted}, only {len(found)}")
+        return found
+
+    def _lines(self, start: int = 0) -> bytes:
+        """Return the lines from there on; a handler that was killed may have left half of one."""
+        if not self.path.exists():
+            return b""
+        with self.path.open("rb") as file:
+            file.seek(start)
+            text = file.read()
+        return text[: text.rfind(b"\n") + 1]
+
+
+def _those(lines: bytes, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in lines.splitlines()]
+    return [each for each in found if wanted.items() <= each.items()]
 
 
 def _clean_environment() -> dict[str, str]:
