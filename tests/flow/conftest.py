@@ -22,6 +22,8 @@ from tests.conftest import migrate
 from tests.support.processes import Effects, NamekoProcess
 from tests.support.waiting import wait_until
 
+LOGS = "process-*.log"
+
 
 class Source:
     """The service whose events the tests dispatch."""
@@ -82,12 +84,15 @@ class Flow:
         )
         self.processes.append(process)
         if wait:
-            wait_until(
-                lambda: process.output().count("queue ready") == (ready or len(services)),
-                20,
-                lambda: f"{services} to be ready: {process.output()}",
-            )
+            _wait_until_ready(process, ready or len(services))
         return process
+
+    def run_twice(self, service: str, **env: str) -> list[NamekoProcess]:
+        """Start two processes of a service at once, and wait until both are ready."""
+        processes = [self.run(service, wait=False, **env) for _ in range(2)]
+        for process in processes:
+            _wait_until_ready(process, 1)
+        return processes
 
     def send(self, event_type: str, payload: Any, **options: Any) -> str:
         return self._call("send", event_type, payload, **options)
@@ -155,6 +160,14 @@ class Flow:
             return call(*args, **options)
 
 
+def _wait_until_ready(process: NamekoProcess, services: int) -> None:
+    wait_until(
+        lambda: process.output().count("queue ready") == services,
+        20,
+        lambda: f"{process.arguments} to be ready: {process.output()}",
+    )
+
+
 @pytest.fixture
 def mariadb_flow(tmp_path: Path) -> Iterator[tuple[Flow, MariaDBServer]]:
     """A flow on a server of its own, which the test may kill."""
@@ -212,6 +225,19 @@ def _empty_log(request: pytest.FixtureRequest) -> Mapping[str, str]:
     return database.environment
 
 
+def _shared_redis(request: pytest.FixtureRequest) -> Mapping[str, str]:
+    server = request.getfixturevalue("shared_redis_server")
+    server.empty()
+    log = request.getfixturevalue("new_mariadb_log")()
+    return {"QUEUE_PROVIDER": "redis", **server.environment, **log}
+
+
+def _shared_rabbitmq(request: pytest.FixtureRequest) -> Mapping[str, str]:
+    server = request.getfixturevalue("rabbitmq_server")
+    broker = {**server.environment, "RABBITMQ_VHOST": server.new_vhost()}
+    return {"QUEUE_PROVIDER": "rabbitmq", **broker, **request.getfixturevalue("new_mariadb_log")()}
+
+
 BACKENDS = {"embedded": _embedded, "redis": _redis, "rabbitmq": _rabbitmq}
 """What the way of an event has to be the same on: SQLite alone, or a broker and MariaDB.
 
@@ -227,9 +253,38 @@ def backend_flow(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Flo
     made.close()
 
 
+SHARED: Mapping[str, Callable[[pytest.FixtureRequest], Mapping[str, str]]] = {
+    "embedded": _embedded,
+    "redis": _shared_redis,
+    "rabbitmq": _shared_rabbitmq,
+}
+"""The same for a flow that outlives a test, which no other test empties."""
+
+_shared_folders: list[Path] = []
+
+
+@pytest.fixture(scope="module")
+def shared_flow_on(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[Mapping[str, str]], Flow]]:
+    """Makes a flow that the tests of a module share: each looks for its own events alone."""
+    made: list[Flow] = []
+
+    def make(env: Mapping[str, str]) -> Flow:
+        folder = tmp_path_factory.mktemp("shared")
+        _shared_folders.append(folder)
+        made.append(Flow(folder, dict(env)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+    _shared_folders.clear()
+
+
 @pytest.fixture(autouse=True)
 def _show_logs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     """Print what the processes said, when the test failed."""
     yield
-    for log in sorted(tmp_path.glob("process-*.log")):
+    for log in sorted(log for each in (tmp_path, *_shared_folders) for log in each.glob(LOGS)):
         print(f"--- {log.name}\n{log.read_text(errors='replace')[-6000:]}")
