@@ -1,12 +1,13 @@
 """Limits of subscriptions, over two processes that consume: how many at once, and how fast."""
 
+import re
 import time
 
 import pytest
 
 from shared.events.direct import DirectOperations
 from shared.store.limits import Limits
-from tests.flow.conftest import BACKENDS, Flow
+from tests.flow.conftest import SHARED
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.flow
@@ -23,17 +24,17 @@ def _thirdparty(_request):
     return {"QUEUE_PROVIDER": "tests.thirdparty.provider:FileProvider"}
 
 
-PROVIDERS = {**BACKENDS, "thirdparty": _thirdparty}
+PROVIDERS = {**SHARED, "thirdparty": _thirdparty}
 
 
 class Crowd:
     """Two processes that consume one subscription."""
 
-    def __init__(self, folder, env):
-        self.flow = Flow(folder, env)
-        self.first = self.flow.run("tests.flow.apps.tally")
-        self.second = self.flow.run("tests.flow.apps.tally")
-        self.operations = DirectOperations(self.flow.settings)
+    def __init__(self, flow):
+        self.flow = flow
+        self.first, self.second = flow.run_twice("tests.flow.apps.tally")
+        self.operations = DirectOperations(flow.settings)
+        self.sent = 0
 
     def limit(self, **limits):
         [its] = self.operations.subscriptions("source")
@@ -43,9 +44,13 @@ class Crowd:
     def limit_and_wait(self, **limits):
         """Set the first limits, and wait until both processes have heard of it."""
         self.limit(**limits)
+        self.wait_until_heard(f"unit.sent {SUBSCRIBER}")
+
+    def wait_until_heard(self, names):
+        """Wait until this is what both processes heard last."""
         processes = (self.first, self.second)
         wait_until(
-            lambda: all("limits heard of: unit.sent" in each.output() for each in processes),
+            lambda: all(heard_by(each) == names for each in processes),
             HEARD_SECONDS,
             "both to hear of it",
         )
@@ -53,6 +58,7 @@ class Crowd:
     def send(self, count, sleep=None):
         payload = {} if sleep is None else {"sleep": sleep}
         self.flow.send_many([("unit.sent", {"n": n, **payload}) for n in range(count)])
+        self.sent += count
 
     def ran(self):
         return self.flow.effects.all(what="ran")
@@ -79,16 +85,46 @@ class Crowd:
         times = [each["at"] for each in self.ran()]
         return max(times) - min(times)
 
+    def rest(self):
+        """Have no limits and nothing to do, and forget what ran."""
+        self.limit()
+        self.wait_until_heard("none")
+        self.flow.wait_for_counts(completed=self.sent)
+        self.flow.effects.path.unlink()
+
     def close(self):
         self.operations.client.close()
         self.flow.close()
 
 
-@pytest.fixture(params=list(PROVIDERS))
-def crowd(request, tmp_path):
-    made = Crowd(tmp_path, dict(PROVIDERS[request.param](request)))
+def heard_by(process):
+    """Return which limits it heard of last."""
+    return ["none", *re.findall("limits heard of: (.*)", process.output())][-1]
+
+
+@pytest.fixture(scope="module", params=list(PROVIDERS))
+def provider(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def resting(provider):
+    """The crowd that another test left as it found it, if any."""
+    made = []
     yield made
-    made.close()
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def crowd(provider, resting, request, shared_flow_on):
+    made = resting.pop() if resting else Crowd(shared_flow_on(PROVIDERS[provider](request)))
+    yield made
+    if all(each.process.poll() is None for each in (made.first, made.second)):
+        made.rest()
+        resting.append(made)
+    else:
+        made.close()
 
 
 def test_one_at_once_over_two_processes_until_the_limit_is_removed(crowd):
@@ -101,7 +137,7 @@ def test_one_at_once_over_two_processes_until_the_limit_is_removed(crowd):
     # none waits for longer than it has to
     assert time.monotonic() - began < 30 * 0.05 + 5
 
-    crowd.send(100, sleep=0.5)
+    crowd.send(100, sleep=0.3)
     removed = time.time()
     crowd.limit()
     crowd.wait_for(140, what="done")
@@ -135,7 +171,7 @@ def test_a_limit_is_obeyed_that_changes_while_they_run(crowd):
     assert crowd.most_at_once(limited) <= 2
     crowd.limit(concurrency=6)
     changed = time.time()
-    crowd.wait_for(len(crowd.ran()) + 150)
+    crowd.wait_for(len(crowd.ran()) + 100)
     assert 5 <= crowd.most_at_once(changed) <= 6
 
 
