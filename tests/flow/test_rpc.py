@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import time
+from collections import Counter
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from uuid import UUID
@@ -58,6 +59,13 @@ PROVIDERS = {
     "rabbitmq": lambda fixture: on_rabbitmq(fixture("rabbitmq_server")),
 }
 
+SHARED = {
+    **PROVIDERS,
+    "embedded-mariadb": lambda fixture: fixture("new_mariadb_log")(),
+    "redis": lambda fixture: {**REDIS, **fixture("shared_redis_server").environment},
+}
+"""The same for what many tests share."""
+
 
 class Caller:
     name = "caller"
@@ -94,18 +102,31 @@ class Calls:
 
     def serve(self, module=CALLEE, **env):
         """Start a process of the callee; return once it can be called."""
-        broker = self.container.config.get("AMQP_URI")
-        arguments = ("--broker", broker) if module == PLAIN else ()
-        # the module bears its service's name; plain_rpc stands for the service plain
-        queue = f"rpc-{module.rpartition('.')[2].removesuffix('_rpc')}"
-        before = self.consumers_of(queue)
-        process = self.flow.run(module, wait=False, arguments=arguments, **env)
-        wait_until(
-            lambda: self.consumers_of(queue) > before or "rpc ready" in process.output(),
-            20,
-            process.output,
-        )
+        [process] = self.serve_all(module, **env)
         return process
+
+    def serve_all(self, *modules, **env):
+        """Start a process of each; return once all can be called."""
+        broker = self.container.config.get("AMQP_URI")
+        # a module bears its service's name; plain_rpc stands for the service plain
+        queues = Counter(f"rpc-{each.rpartition('.')[2].removesuffix('_rpc')}" for each in modules)
+        wanted = {queue: self.consumers_of(queue) + count for queue, count in queues.items()}
+        processes = []
+        for module in modules:
+            arguments = ("--broker", broker) if module == PLAIN else ()
+            processes.append(self.flow.run(module, wait=False, arguments=arguments, **env))
+        wait_until(
+            lambda: (
+                all(self.consumers_of(queue) >= count for queue, count in wanted.items())
+                if self.are_namekos
+                else all("rpc ready" in process.output() for process in processes)
+            ),
+            20,
+            lambda: "\n".join(process.output() for process in processes),
+            # each look at RabbitMQ is a connection
+            every=0.05,
+        )
+        return processes
 
     def consumers_of(self, queue):
         """Ask RabbitMQ, since nameko does not say when it is ready."""
@@ -118,28 +139,46 @@ class Calls:
                 return 0
 
 
-@pytest.fixture(params=PROVIDERS)
-def calls(request, flow_on):
-    flow = flow_on(PROVIDERS[request.param](request.getfixturevalue))
+@pytest.fixture(scope="module", params=PROVIDERS)
+def provider(request):
+    return request.param
+
+
+@pytest.fixture
+def calls(provider, request, flow_on):
+    flow = flow_on(PROVIDERS[provider](request.getfixturevalue))
     made = Calls(flow)
+    assert made.are_namekos == (provider == "rabbitmq")
     yield made
     made.container.stop()
     flow.close()
-    if request.param == "redis":
+    if provider == "redis":
         request.getfixturevalue("redis_server").empty()
 
 
 @pytest.fixture
-def not_namekos(calls):
+def not_namekos(provider):
     """For what nameko's own RPC does in another way, or cannot be asked."""
-    if calls.are_namekos:
+    if provider == "rabbitmq":
         pytest.skip("over RabbitMQ it is nameko's own RPC")
 
 
-@pytest.fixture
-def served(calls):
-    calls.serve()
-    return calls
+@pytest.fixture(scope="module")
+def served(provider, request, shared_flow_on):
+    """A callee that nobody kills, and who calls it."""
+    made = Calls(shared_flow_on(SHARED[provider](request.getfixturevalue)))
+    made.callee = made.serve()
+    yield made
+    made.container.stop()
+    made.flow.close()
+    if provider == "redis":
+        request.getfixturevalue("shared_redis_server").empty()
+
+
+def said_from_now(process):
+    """Return what asks for what a process says from now on."""
+    before = len(process.output())
+    return lambda: process.output()[before:]
 
 
 class TestResult:
@@ -205,14 +244,14 @@ class TestErrors:
             served.run(lambda s: s.callee.run_out())
         assert raised.value.args == ("no tea", "3")
 
-    def test_an_expected_one_is_a_warning_there(self, calls):
-        process = calls.serve()
+    def test_an_expected_one_is_a_warning_there(self, served):
+        said = said_from_now(served.callee)
         with pytest.raises(RemoteError, match="KeyError"):
-            calls.run(lambda s: s.callee.expect("k"))
+            served.run(lambda s: s.callee.expect("k"))
         with pytest.raises(RemoteError, match="ValueError"):
-            calls.run(lambda s: s.callee.fail())
-        wait_until(lambda: process.output().count("error handling worker") == 2, 5, "the log")
-        assert process.output().count("(expected) error handling worker") == 1
+            served.run(lambda s: s.callee.fail())
+        wait_until(lambda: said().count("error handling worker") == 2, 5, "the log")
+        assert said().count("(expected) error handling worker") == 1
 
     def test_of_the_call(self, served):
         with pytest.raises(MethodNotFound, match="no_such"):
@@ -256,11 +295,11 @@ class TestErrors:
         with pytest.raises(MalformedRequest, match="kwargs"):
             served.run(malformed)
 
-    def test_a_request_that_is_none(self, not_namekos, calls):
-        process = calls.serve()
-        send(calls, "no JSON", "[]", '{"method": "echo"}')
-        wait_until(lambda: process.output().count("a request was dropped") == 3, 10, "the log")
-        assert calls.run(lambda s: s.callee.add(1)) == 3
+    def test_a_request_that_is_none(self, not_namekos, served):
+        said = said_from_now(served.callee)
+        send(served, "no JSON", "[]", '{"method": "echo"}')
+        wait_until(lambda: said().count("a request was dropped") == 3, 10, "the log")
+        assert served.run(lambda s: s.callee.add(1)) == 3
 
 
 def send(calls, *bodies):
@@ -351,7 +390,7 @@ class TestContext:
 
 class TestInstances:
     def test_two_share_the_load(self, calls):
-        pids = {calls.serve().pid for _ in range(2)}
+        pids = {process.pid for process in calls.serve_all(CALLEE, CALLEE)}
 
         def many(s):
             replies = [s.callee.pid.call_async(n) for n in range(60)]
@@ -393,9 +432,10 @@ class TestInstances:
 
 
 class TestNothingIsLeft:
-    def test_after_a_thousand_calls(self, request, not_namekos, served):
-        served.flow.container  # noqa: B018 - its log has tables from now on
-        before = leftovers(served, request)
+    def test_after_a_thousand_calls(self, request, not_namekos, calls):
+        calls.serve()
+        calls.flow.container  # noqa: B018 - its log has tables from now on
+        before = leftovers(calls, request)
 
         def thousand(s):
             for _ in range(20):
@@ -406,10 +446,10 @@ class TestNothingIsLeft:
                 with pytest.raises(RemoteError):
                     replies[-1].result()
 
-        served.run(thousand)
+        calls.run(thousand)
 
-        assert leftovers(served, request) == before
-        assert served.flow.stats() == {}
+        assert leftovers(calls, request) == before
+        assert calls.flow.stats() == {}
 
 
 def leftovers(calls, request):
@@ -427,8 +467,8 @@ def leftovers(calls, request):
 
 class TestPlainNameko:
     @pytest.fixture(autouse=True)
-    def _over_amqp(self, calls):
-        if not calls.are_namekos:
+    def _over_amqp(self, provider):
+        if provider != "rabbitmq":
             pytest.skip("it has no such transport")
 
     def test_calls_and_is_called(self, served):
@@ -455,11 +495,15 @@ class TestPlainNameko:
 
 class TestServices:
     # on MariaDB their tables would have to be made first
-    @pytest.mark.parametrize("calls", ["embedded-sqlite", "redis", "rabbitmq"], indirect=True)
+    @pytest.mark.parametrize("provider", ["embedded-sqlite", "redis", "rabbitmq"], indirect=True)
     def test_can_be_asked(self, calls):
         address = f"127.0.0.1:{free_port()}"
-        calls.serve("services.company", COMPANY_ADDRESS=f"127.0.0.1:{free_port()}")
-        calls.serve("services.auth_events", AUTH_EVENTS_ADDRESS=address)
+        calls.serve_all(
+            "services.company",
+            "services.auth_events",
+            COMPANY_ADDRESS=f"127.0.0.1:{free_port()}",
+            AUTH_EVENTS_ADDRESS=address,
+        )
         wait_until(lambda: is_open(address), 20, "auth_events to serve HTTP")
         for step in ("register", "login"):
             url = f"http://{address}/auth/{step}"
