@@ -18,6 +18,7 @@ def flow(backend_flow):
 
 
 RECORDER = "tests.flow.apps.recorder"
+MISSED = "tests.flow.apps.missed"
 GROUPS = "tests.flow.apps.groups"
 
 
@@ -72,7 +73,7 @@ def test_urgent_ones_go_before_a_thousand_low_ones_that_wait(flow):
 
 
 def test_a_dead_workers_delivery_is_taken_over_and_burns_no_attempt(flow):
-    workers = [flow.run(RECORDER), flow.run(RECORDER)]
+    workers = flow.run_twice(RECORDER)
     message_id = flow.send("thing.happened", {"sleep": 3}, max_retries=0)
     (begun,) = flow.effects.wait_for(1, handler="first", what="ran")
     # with a broker the log hears of it only once it takes a while
@@ -89,10 +90,9 @@ def test_a_dead_workers_delivery_is_taken_over_and_burns_no_attempt(flow):
 
 
 def test_a_handler_that_burns_the_processor_keeps_its_lease(flow):
-    flow.run(RECORDER, QUEUE_LEASE_SECONDS="1")
-    flow.run(RECORDER, QUEUE_LEASE_SECONDS="1")
+    flow.run_twice(RECORDER, QUEUE_LEASE_SECONDS="1")
 
-    message_id = flow.send("thing.happened", {"burn": 8})
+    message_id = flow.send("thing.happened", {"burn": 5})
 
     message = flow.wait_for_status(message_id, "completed")
     assert len(flow.effects.all(handler="first", what="ran")) == 1
@@ -100,7 +100,7 @@ def test_a_handler_that_burns_the_processor_keeps_its_lease(flow):
 
 
 def test_a_frozen_worker_cannot_settle_what_was_taken_over(flow):
-    workers = [flow.run(RECORDER), flow.run(RECORDER)]
+    workers = flow.run_twice(MISSED)
     message_id = flow.send("thing.happened", {"sleep": 1.5})
     (begun,) = flow.effects.wait_for(1, handler="first", what="ran")
     # frozen while it writes, it would keep everybody from writing
@@ -123,7 +123,7 @@ def test_a_frozen_worker_cannot_settle_what_was_taken_over(flow):
 @pytest.mark.parametrize("backend_flow", ["embedded"], indirect=True)
 def test_a_worker_that_gets_back_what_it_still_runs_goes_on_with_it(flow):
     """One beside a broker is tested with its pump alone: it takes minutes to lose a lease."""
-    workers = [flow.run(RECORDER, QUEUE_LEASE_SECONDS="1") for _ in range(2)]
+    workers = flow.run_twice(RECORDER, QUEUE_LEASE_SECONDS="1")
     message_id = flow.send("thing.happened", {"sleep": 6})
     (begun,) = flow.effects.wait_for(1, handler="first", what="ran")
     wait_until(lambda: status_of(flow, message_id, "second") == "completed", 5, "its sibling")
@@ -185,7 +185,7 @@ def test_nothing_is_handled_before_its_time(flow):
 
 
 def test_singleton_broadcast_and_pool(flow):
-    workers = [flow.run(GROUPS), flow.run(GROUPS)]
+    workers = flow.run_twice(GROUPS)
     wait_until(
         lambda: (
             len([s for s in flow.stats()["subscriptions"] if "everyone" in s["subscriber"]]) == 2
@@ -204,7 +204,9 @@ def test_singleton_broadcast_and_pool(flow):
     assert sorted(by_instance.values()) == [20, 20]
     # what was broadcast to an instance ends with it
     for worker in workers:
-        worker.stop()
+        worker.process.terminate()
+    for worker in workers:
+        worker.process.wait(12)
     left = [s["subscriber"] for s in flow.stats()["subscriptions"]]
     assert sorted(left) == ["groups.pool", "singleton"]
 
