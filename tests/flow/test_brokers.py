@@ -87,10 +87,9 @@ def test_what_is_completed_leaves_nothing_in_redis(flow_on, mariadb_log, redis_s
 
 def test_a_handler_that_outlasts_its_lease_runs_once(broker_flow):
     flow = broker_flow
-    for _ in range(2):
-        flow.run(TALLY, QUEUE_LEASE_SECONDS="1")
+    flow.run_twice(TALLY, QUEUE_LEASE_SECONDS="1")
 
-    message_id = flow.send("unit.sent", {"n": 1, "sleep": 5})
+    message_id = flow.send("unit.sent", {"n": 1, "sleep": 4})
 
     message = flow.wait_for_status(message_id, "completed")
     assert [effect["what"] for effect in flow.effects.all()] == ["ran", "done"]
@@ -101,11 +100,19 @@ def test_a_handler_that_outlasts_its_lease_runs_once(broker_flow):
 LEASE_SECONDS = 2
 
 
-@pytest.fixture
-def impatient(flow_on, mariadb_log):
-    """A RabbitMQ that takes back what is not settled in 4 s, and a flow on it."""
+@pytest.fixture(scope="module")
+def impatient_server():
+    """A RabbitMQ that takes back what is not settled in 4 s."""
     server = RabbitMQServer("consumer_timeout = 4000")
     server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def impatient(flow_on, mariadb_log, impatient_server):
+    """The server, and a flow on it."""
+    server = impatient_server
     flow = flow_on(
         {
             "QUEUE_PROVIDER": "rabbitmq",
@@ -115,16 +122,14 @@ def impatient(flow_on, mariadb_log):
             **mariadb_log,
         }
     )
-    yield flow, server
-    server.close()
+    return flow, server
 
 
 def test_a_handler_may_take_longer_than_rabbitmq_waits(impatient):
     flow, _ = impatient
-    for _ in range(2):
-        flow.run(TALLY)
+    flow.run_twice(TALLY)
 
-    message_id = flow.send("unit.sent", {"n": 1, "sleep": 12})
+    message_id = flow.send("unit.sent", {"n": 1, "sleep": 10})
 
     message = flow.wait_for_status(message_id, "completed")
     assert [effect["what"] for effect in flow.effects.all()] == ["ran", "done"]
@@ -135,7 +140,7 @@ def test_a_handler_may_take_longer_than_rabbitmq_waits(impatient):
 
 def test_who_dies_with_what_rabbitmq_has_no_more_is_replaced_within_the_lease(impatient):
     flow, server = impatient
-    workers = {worker.pid: worker for worker in (flow.run(TALLY), flow.run(TALLY))}
+    workers = {worker.pid: worker for worker in flow.run_twice(TALLY)}
     message_id = flow.send("unit.sent", {"n": 1, "sleep": 8})
     [first] = flow.effects.wait_for(1, what="ran")
     wait_until(lambda: not messages_in(server), 10, "the delivery to be moved to the log")
