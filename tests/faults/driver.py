@@ -259,18 +259,26 @@ def _left(reader: Any, repair: Callable[[], Any] | None = None) -> list[Any]:
 
 def restless(world: World) -> list[str]:
     """Say who uses the processor, though nothing is left to do: a loop that something broke into
-    and that does not end costs no event, and would be seen by nothing else."""
+    and that does not end costs no event, and would be seen by nothing else.
+
+    Twice, since who was started again by the last fault may have been about that the first time.
+    """
+    busy = _busy(world)
+    return [each for name, each in _busy(world).items() if name in busy] if busy else []
+
+
+def _busy(world: World) -> dict[str, str]:
     before = {member.name: member.process.processor_seconds() for member in world.members}
     eventlet.sleep(IDLE_SECONDS)
     shares = {
         member.name: (member.process.processor_seconds() - before[member.name]) / IDLE_SECONDS
         for member in world.members
     }
-    return [
-        f"{name} has nothing to do, and uses {share:.0%} of a processor"
+    return {
+        name: f"{name} has nothing to do, and uses {share:.0%} of a processor"
         for name, share in shares.items()
         if share > IDLE_SHARE
-    ]
+    }
 
 
 def _left_at_the_provider(world: World, connection: Any, account: Account) -> list[str]:
