@@ -110,9 +110,11 @@ class Reports:
 
     unpublished: list[Delivery] = field(default_factory=list)
     reserved: list[Lease] = field(default_factory=list)
+    strays: list[Delivery] = field(default_factory=list)
+    """What no queue got though a subscription wants it: its queue may be unbound."""
 
     def __bool__(self) -> bool:
-        return bool(self.unpublished or self.reserved)
+        return bool(self.unpublished or self.reserved or self.strays)
 
 
 @dataclass(slots=True)
@@ -126,6 +128,8 @@ class ApartTurn(Turn):
     started: attempts.Started = field(default_factory=attempts.Started)
     adopted: set[Any] = field(default_factory=set)
     taken: list[Delivery] = field(default_factory=list)
+    strays: list[Delivery] = field(default_factory=list)
+    """Those reported, as they go to their subscriptions alone."""
     recover_in: float = 0.0
     """Seconds until somebody may be found to have died."""
     is_held_up: bool = False
@@ -327,10 +331,13 @@ class ApartPump(Pump):
         homeless = {id(each) for each in report.homeless}
         if not self._published:
             self._publish_at = monotonic() + PUBLISHED_SECONDS
+        fans_out = self._provider.capabilities.fans_out
         for each in report.deliveries:
             # what no subscription wants is done with; what has one is tried again later
             if id(each) not in homeless or not each.seq:
                 self._published.append(each)
+            elif fans_out and each.to is None:
+                self._reports.strays.append(each)
 
     def _take_unpublished(self, report: Unpublished) -> None:
         self._is_sweeping &= not report.is_backlog
@@ -522,6 +529,8 @@ class ApartPump(Pump):
             backlog.published(tx, turn.published, to)
         if turn.reports.unpublished:
             backlog.give_back(tx, turn.reports.unpublished)
+        if turn.reports.strays:
+            turn.strays = backlog.addressed(tx, turn.reports.strays)
         self._begin(tx, turn)
         if turn.has_sweep:
             self._sweep(tx, turn)
@@ -617,6 +626,8 @@ class ApartPump(Pump):
                 self._carrier.inbox.ring()
         elif turn.new:
             self._note_alone(turn.new)
+        if turn.strays:
+            self._tell(Publish(turn.strays, is_stray=True))
         if turn.has_sweep:
             self._relay(turn)
 
@@ -699,6 +710,7 @@ class ApartPump(Pump):
     def _report(self, report: Any) -> None:
         """Carrier: tell the pump; what is published may be noted some time later."""
         is_usual = isinstance(report, Published) and not report.is_backlog
+        is_usual = is_usual and not any(each.seq for each in report.homeless)
         inbox = self._mailbox.inbox
         (inbox.send_quietly if is_usual else inbox.send)(report)
 
@@ -861,6 +873,9 @@ class ApartPump(Pump):
         for command in self._mailbox.inbox.take():
             if isinstance(command, Published | Unpublished):
                 self._obey(command)
+        # whoever comes next tries them where they belong
+        self._reports.unpublished += self._reports.strays
+        self._reports.strays = []
         self._is_up = False
         with contextlib.suppress(StoreUnavailableError):
             self._do(Turn())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
@@ -333,8 +333,11 @@ class Carrier:
             new, homeless = self._taken(new, exc), exc.homeless
         self._is_blocked = False
         self._report(Published(new, homeless, _has_backlog(self._unpublished)))
+        strays = _all([each for each in self._unpublished if each.is_stray])
         self._unpublished = []
         self._provider.published(new)
+        for subscription in arrived_at(strays, homeless):
+            self._provider.rejoin(subscription)
 
     def _taken(self, new: list[Delivery], exc: ProviderRefusedError) -> list[Delivery]:
         """Report what was refused; return the others."""
@@ -456,6 +459,13 @@ def prepare(provider: QueueProvider, wanted: Prepare) -> None:
             provider.pause(each)
     finally:
         provider.close()
+
+
+def arrived_at(strays: Sequence[Delivery], homeless: Sequence[Delivery]) -> list[Subscription]:
+    """Return the subscriptions that do have a queue, though it did not get what was new."""
+    without = {id(each) for each in homeless}
+    found = [each.to for each in strays if each.to is not None and id(each) not in without]
+    return list({each.id: each for each in found}.values())
 
 
 def _all(new: list[Publish]) -> list[Delivery]:

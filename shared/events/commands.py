@@ -83,6 +83,8 @@ class Publish:
     deliveries: list[Delivery]
     is_backlog: bool = False
     setbacks: int | None = None
+    is_stray: bool = False
+    """Whether each goes to its subscription alone, since no queue got it as a new one."""
 
 
 @dataclass(slots=True)

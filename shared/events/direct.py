@@ -21,6 +21,7 @@ from shared.errors import (
     StoreUnavailableError,
 )
 from shared.events.alerts import Alerts
+from shared.events.carrier import arrived_at
 from shared.events.client import first_id, handover_of
 from shared.events.ramps import Ramps
 from shared.events.repairs import Operations
@@ -213,14 +214,24 @@ class DirectClient:
         """
         self._connect()
         taken: list[Delivery] = self._run(backlog.take)
-        self._publish(taken)
+        self._publish_all(taken)
         return len(taken)
+
+    def _publish_all(self, deliveries: list[Delivery]) -> None:
+        """Hand over; what no queue got as a new event goes to its subscription's alone."""
+        homeless = self._publish(deliveries)
+        lost = [each for each in homeless if each.seq and each.to is None]
+        if not lost or not self._provider.capabilities.fans_out:
+            return
+        strays = self._database.read(partial(backlog.addressed, deliveries=lost))
+        for subscription in arrived_at(strays, self._publish(strays)):
+            self._provider.rejoin(subscription)
 
     def _relay(self, wanted: set[int]) -> None:
         deadline = monotonic() + RELAY_SECONDS
         while monotonic() < deadline:
             taken = self._database.run(backlog.take, durable=False)
-            self._publish(taken)
+            self._publish_all(taken)
             wanted -= {each.seq for each in taken}
             if not wanted or not self._database.run(backlog.waits, durable=False):
                 return
@@ -228,9 +239,10 @@ class DirectClient:
                 sleep(AGAIN_SECONDS)
         self.notices.append("stored; others are publishing what comes before it")
 
-    def _publish(self, deliveries: list[Delivery]) -> None:
+    def _publish(self, deliveries: list[Delivery]) -> list[Delivery]:
+        """Hand over; return those for which there is no queue."""
         if not deliveries:
-            return
+            return []
         try:
             homeless = self._provider.publish(deliveries)
         except ProviderRefusedError as exc:
@@ -247,6 +259,7 @@ class DirectClient:
         to = self.settings.provider if self.settings.drain else None
         self._database.run(partial(backlog.published, deliveries=done, to=to), durable=False)
         self._provider.published(deliveries)
+        return homeless
 
 
 def _forget(provider: QueueProvider, subscription: Subscription) -> None:

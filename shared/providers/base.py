@@ -115,6 +115,12 @@ class QueueProvider(ABC):
     def published(self, deliveries: Sequence[Delivery]) -> None:
         """Wake who consumes, once what was published can be seen (after the commit)."""
 
+    def rejoin(self, subscription: Subscription) -> None:  # noqa: B027 - few have to
+        """Have what is new reach the queue of a subscription again, which has got none of it.
+
+        The queue is there: what went ``to`` it alone has arrived.
+        """
+
     @abstractmethod
     def wait(self, timeout: float, interrupt: int, hungry: bool = True) -> None:
         """Wait until there may be something to reserve; may return sooner.

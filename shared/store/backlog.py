@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -81,6 +82,7 @@ _TAKE_BACK = Prepared(
     .values(lease_expires_at=None, ready=True)
 )
 _SUBSCRIPTIONS = Prepared(select(subscriptions.c.id))
+_SUBSCRIPTIONS_OF = Prepared(select(*SUBSCRIPTION_COLUMNS).where(subscriptions.c.id.in_(_IDS)))
 _EXPIRED = Prepared(
     select(c.seq, c.status)
     .where(c.subscription_id.in_(_IDS), c.lease_expires_at <= _NOW)
@@ -197,6 +199,14 @@ def give_back(tx: Transaction, deliveries: Sequence[Delivery]) -> None:
 def take_back(tx: Transaction, message_ids: Sequence[str]) -> None:
     """Have what is in the hands of who stored these messages published by who comes first."""
     _TAKE_BACK.change(tx, {"ids": message_ids})
+
+
+def addressed(tx: Transaction, deliveries: Sequence[Delivery]) -> list[Delivery]:
+    """Return deliveries as they go to their subscriptions alone."""
+    ids = sorted({each.subscription_id for each in deliveries})
+    by_id = {row.id: subscription_of(row) for row in _SUBSCRIPTIONS_OF.fetch(tx, {"ids": ids})}
+    known = [each for each in deliveries if each.subscription_id in by_id]
+    return [replace(each, to=by_id[each.subscription_id]) for each in known]
 
 
 def _parted(deliveries: Sequence[Delivery]) -> tuple[list[int], list[str]]:

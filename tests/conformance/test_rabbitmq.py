@@ -766,6 +766,37 @@ class TestQueueDeleted:
         assert seqs(reserve_within(provider, interrupt, 2)) == seqs(sent)
 
 
+class TestQueueUnbound:
+    """Given somebody who takes a queue from its exchange, while it is consumed from."""
+
+    @pytest.fixture(autouse=True)
+    def _unbound(self, provider: RabbitMQProvider, channel: Any) -> None:
+        channel.queue_unbind(queue_name(PLACED), f"{SOURCE}.events", PLACED.event_type)
+
+    def test_is_bound_again_by_who_publishes(
+        self, rabbitmq_server: RabbitMQServer, provider: RabbitMQProvider, new_provider: NewProvider
+    ) -> None:
+        publishing = new_provider(rabbitmq_server.environment)
+        sent = make_deliveries(2)
+        assert publishing.publish(sent) == sent
+
+        publishing.rejoin(PLACED)
+        publishing.rejoin(PLACED)
+
+        assert publishing.publish(sent) == []
+        assert seqs(reserve(provider)) == seqs(sent)
+        [notice] = publishing.notices
+        assert notice.startswith(f"{queue_name(PLACED)}: was not bound")
+
+    def test_may_be_gone_by_then(
+        self, rabbitmq_server: RabbitMQServer, new_provider: NewProvider
+    ) -> None:
+        publishing = new_provider(rabbitmq_server.environment)
+        publishing.rejoin(PAID)
+        assert publishing.notices == []
+        assert publishing.publish(make_deliveries(1, to=PAID)) != []
+
+
 class TestAlarm:
     def test_stops_who_publishes_and_not_who_handles(
         self,

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.flow
 
 RECORDER = "tests.flow.apps.recorder"
 BRISK = "tests.flow.apps.brisk"
+TALLY = "tests.flow.apps.tally"
 
 
 def audit(flow, *options):
@@ -217,6 +218,36 @@ def test_a_queue_of_rabbitmq_that_was_deleted_is_filled_again(rabbit):
     wait_until_balanced(flow)
     handled = [each["n"] for each in flow.effects.all(handler="second")]
     assert len(handled) == len(set(handled)) == 121
+
+
+def publish(flow, event_type, payload):
+    """Dispatch by queuectl; return the message id, and what is said beside it."""
+    command = ["publish", "--json", "source", event_type, json.dumps(payload)]
+    done = CliRunner().invoke(main, command, env=flow.env)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)["messageId"], done.stderr
+
+
+@pytest.mark.parametrize("by", ["service", "command"])
+def test_what_a_queue_of_rabbitmq_misses_that_is_unbound_comes_at_once(rabbit, by, caplog):
+    """Given the one subscription of a type, whose service runs."""
+    flow, channel = rabbit
+    flow.run(TALLY)
+    queue = "evt-source-unit.sent--tally.count"
+    channel.queue_unbind(queue, "source.events", "unit.sent")
+
+    if by == "service":
+        message_id, errors = flow.send("unit.sent", {"n": 1}), ""
+    else:
+        message_id, errors = publish(flow, "unit.sent", {"n": 1})
+
+    # of itself it would be tried after half a minute, with the same result
+    flow.wait_for_status(message_id, "completed", 10)
+    notice = f"{queue}: was not bound to source.events"
+    wait_until(lambda: notice in caplog.text + errors, 10, lambda: caplog.text + errors)
+    later = amqp.Message(b'{"n": 2}', content_type="application/json")
+    channel.basic_publish(later, "source.events", "unit.sent")
+    flow.effects.wait_for(1, n=2)
 
 
 def test_what_waits_for_its_time_in_rabbitmq_keeps_it(rabbit):

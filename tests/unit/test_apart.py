@@ -21,11 +21,12 @@ from shared.providers import Capabilities
 from shared.settings import load_settings
 from shared.store import attempts, backlog, log, subscriptions
 from shared.store.log import Handover
-from shared.types import Lease, Outcome, SettleAction
+from shared.types import Delivery, Lease, Outcome, SettleAction
 from tests.unit.message_log import COMPLETED, Log, event
 from tests.unit.test_backlog import expire
 
 HANDED = Handover(backlog.PUBLISH_SECONDS)
+FANNED = Handover(backlog.PUBLISH_SECONDS, fans_out=True)
 
 
 def make_pump(store: Log, provider: Mock) -> Iterator[ApartPump]:
@@ -224,6 +225,69 @@ class TestBacklog:
 
         assert broker_pump._is_direct
         assert broker_pump._sweep_at > monotonic()
+
+
+class TestStrays:
+    """Given what is published and no queue gets, though a subscription wants it."""
+
+    @staticmethod
+    def published(pump: ApartPump) -> list[Publish]:
+        told = [call.args[0] for call in pump._tell.call_args_list]  # type: ignore[attr-defined]
+        return [each for each in told if isinstance(each, Publish)]
+
+    @pytest.fixture
+    def fanning(self, broker_pump: ApartPump) -> ApartPump:
+        broker_pump._provider.capabilities = Capabilities(leases_expire=False, fans_out=True)
+        return broker_pump
+
+    def test_go_to_their_queues_alone_and_once(self, store: Log, fanning: ApartPump) -> None:
+        mine = store.subscribe()
+        events = [event(), event("other")]
+        [sent, unwanted] = store.do(log.append, events, 3, handover=FANNED)
+        send(fanning, Published([sent, unwanted], [sent, unwanted], is_backlog=False))
+        fanning._turn()
+
+        [stray] = self.published(fanning)
+        assert (stray.deliveries, stray.is_stray) == ([replace(sent, to=mine)], True)
+
+        send(fanning, Published(stray.deliveries, stray.deliveries, is_backlog=False))
+        fanning._turn()
+        assert self.published(fanning) == [stray]
+        assert store.delivery(sent.seq).lease_expires_at is not None
+
+    def test_outlast_a_log_that_is_away(
+        self, store: Log, fanning: ApartPump, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.subscribe()
+        [sent] = store.do(log.append, [event()], 3, handover=HANDED)
+        with monkeypatch.context() as patch:
+            patch.setattr(fanning._database, "run", Mock(side_effect=StoreUnavailableError("away")))
+            send(fanning, Published([sent], [sent], is_backlog=False))
+            fanning._turn()
+        assert self.published(fanning) == []
+
+        fanning._turn()
+        assert [each.is_stray for each in self.published(fanning)] == [True]
+
+    def test_of_the_last_moment_are_left_to_others(self, store: Log, fanning: ApartPump) -> None:
+        store.subscribe()
+        [sent] = store.do(log.append, [event()], 3, handover=HANDED)
+        fanning._thread = Mock()
+        send(fanning, Finish())
+        fanning._turn()
+        send(fanning, Published([sent], [sent], is_backlog=False))
+        fanning._end()
+
+        assert store.delivery(sent.seq).ready
+
+    def test_wake_who_sees_to_them(self, fanning: ApartPump) -> None:
+        inbox = fanning._mailbox.inbox
+        fanning._report(Published([Delivery(0, 0, event())], [Delivery(0, 0, event())], False))
+        assert inbox.has_quiet()
+        inbox.take()
+        stray = Delivery(1, 1, event())
+        fanning._report(Published([stray], [stray], is_backlog=False))
+        assert not inbox.has_quiet()
 
 
 class TestLimits:

@@ -93,6 +93,25 @@ class TestOrder:
         assert provider.publish.call_args.args == ([newest],)
 
 
+def test_queues_that_got_nothing_new_and_are_there_are_joined_again(
+    carrier: Carrier, provider: Any, clock: list[float]
+) -> None:
+    """Given one whose queue is there, twice, one whose queue is not, and one of another kind."""
+    first, second, third = (
+        Subscription("orders", "shop", "placed", f"audit.{n}", id=n) for n in (1, 2, 3)
+    )
+    strays = [
+        Delivery(n, each.id, event(), to=each) for n, each in enumerate([first, first, second])
+    ]
+    provider.publish.return_value = [strays[2]]
+
+    carrier.inbox.send(Publish(strays, is_stray=True))
+    carrier.inbox.send(Publish([Delivery(9, 3, event(), to=third)], is_backlog=True))
+    carrier._turn()
+
+    provider.rejoin.assert_called_once_with(first)
+
+
 class TestLimits:
     """Given a subscription with limits, and one without."""
 

@@ -61,6 +61,9 @@ from shared.types import Delivery, Envelope, Lease, SettleAction, Settlement, Su
 MOST_PUSHED = 100
 """Deliveries of one subscription that RabbitMQ may push before one is settled."""
 
+REJOIN_SECONDS = 30.0
+"""How long a queue counts as bound: what was on its way before comes back as well."""
+
 LEASE_SHARE = 0.8
 """Of RabbitMQ's own limit, how long a lease may last: the limit is checked once a minute."""
 
@@ -88,6 +91,8 @@ class RabbitMQProvider(QueueProvider):
         self._paused: set[int] = set()
         # declared by plain nameko, without what we want of a queue
         self._plain: set[int] = set()
+        # by its name, until when a queue counts as bound
+        self._joined: dict[str, float] = {}
         # what RabbitMQ takes at most, once it has refused something larger
         self._most_bytes: float = math.inf
         # how many more of each subscription the last reserve had room for
@@ -150,6 +155,24 @@ class RabbitMQProvider(QueueProvider):
 
     def published(self, deliveries: Sequence[Delivery]) -> None:
         """Do nothing: RabbitMQ pushes to who consumes."""
+
+    def rejoin(self, subscription: Subscription) -> None:
+        name, now = queue_name(subscription), monotonic()
+        if now < self._joined.get(name, 0.0):
+            return
+        self._joined[name] = now + REJOIN_SECONDS
+        exchange = exchange_name(subscription.source)
+        with self._translated():
+            inlet, _ = self._connect()
+            try:
+                inlet.scratch.queue_bind(name, exchange, routing_key=subscription.event_type)
+            except (amqp.NotFound, amqp.ResourceLocked):
+                return  # it went meanwhile, or goes with another connection
+            except amqp.AccessRefused:
+                done = "events go to it singly, since this user may not bind it"
+            else:
+                done = "bound again"
+        self.notices.append(f"{name}: was not bound to {exchange} any longer; {done}")
 
     def wait(self, timeout: float, interrupt: int, hungry: bool = True) -> None:
         deadline = monotonic() + max(timeout, 0)
