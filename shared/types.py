@@ -185,11 +185,16 @@ class SettleAction(StrEnum):
 
 
 class Settlement(NamedTuple):
-    """One leased delivery and what is to become of it; ``delay`` in seconds, for RETRY."""
+    """One leased delivery and what is to become of it.
+
+    :param delay: in seconds, for RETRY.
+    :param is_early: it came before its time, so that something of the provider's may be gone.
+    """
 
     lease: Lease
     action: SettleAction
     delay: float = 0.0
+    is_early: bool = False
 
 
 @dataclass(frozen=True, slots=True)

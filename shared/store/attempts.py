@@ -324,6 +324,7 @@ def _postponed(lease: Lease, seconds: float) -> Settlement:
         replace(lease, delivery=replace(lease.delivery, attempts=attempts)),
         SettleAction.RETRY,
         seconds,
+        is_early=True,
     )
 
 

@@ -587,6 +587,24 @@ class TestDelays:
             assert delay - 0.1 <= monotonic() - begin <= delay + PROMPTLY
             settle(provider, "acknowledge", lease)
 
+    def test_whose_queues_are_gone_are_kept_once_something_came_too_early(
+        self, provider: RabbitMQProvider, channel: Any, interrupt: int
+    ) -> None:
+        """Given a provider that has declared the delay queues, which somebody deletes."""
+        [first, second] = make_deliveries(2)
+        provider.publish([replace(first, delay=60)])
+        levels = range(delay_levels(60)[0] + 1)
+        for level in levels:
+            channel.queue_delete(f"nameko.delay.{level}")
+        provider.publish([replace(second, delay=60)])
+        [lease] = reserve_within(provider, interrupt)
+
+        ended = Settlement(lease, SettleAction.RETRY, 60, is_early=True)
+        assert provider.settle([ended]) == []
+
+        assert sum(count(channel, f"nameko.delay.{level}") for level in levels) == 1
+        assert reserve(provider) == []
+
     def test_may_follow_each_other(self, provider: RabbitMQProvider, interrupt: int) -> None:
         # RabbitMQ drops what comes to a queue again by itself
         provider.publish(make_deliveries(1))
@@ -969,3 +987,14 @@ def test_what_is_delayed_is_counted_whatever_it_waits_in(
     assert other.count_delayed() == 0
     provider.publish([replace(each, delay=60 + each.seq) for each in make_deliveries(5)])
     assert other.count_delayed() == 5
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_what_is_delayed_is_counted_and_dropped_beside_a_queue_that_is_gone(
+    provider: RabbitMQProvider, other: RabbitMQProvider, channel: Any, missing: int
+) -> None:
+    provider.publish([replace(each, delay=60) for each in make_deliveries(5)])
+    channel.queue_delete(f"nameko.delay.{missing}")
+    assert other.count_delayed() == 5
+    assert other.drop_scheduled([PLACED], lambda asked: {*asked} - {1}) == 4
+    assert other.count_delayed() == 1

@@ -268,6 +268,24 @@ def test_what_waits_for_its_time_in_rabbitmq_keeps_it(rabbit):
     assert message["deliveries"][0]["startedAt"] >= message["scheduledAt"]
 
 
+def test_delay_queues_of_rabbitmq_that_were_deleted_are_made_again(rabbit):
+    """Given a service that has used them, and whose retries are due at once without them."""
+    flow, channel = rabbit
+    provider = make_provider(flow.settings)
+    provider.initialize()
+
+    def retry_and_wait(n):
+        flow.send("single.happened", {"n": n, "retry_after": 60})
+        wait_until(lambda: provider.count_delayed() == 1, 10, f"retry {n} in a delay queue")
+
+    flow.run(RECORDER)
+    retry_and_wait(1)
+    for level in range(delay_levels(60)[0] + 1):
+        channel.queue_delete(f"nameko.delay.{level}")
+    retry_and_wait(2)
+    provider.close()
+
+
 class Pauses:
     """A subscription that its operator pauses, by a queue_admin that makes no audits."""
 

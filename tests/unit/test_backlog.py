@@ -298,7 +298,7 @@ class TestLeasesInTheLog:
         store.record(Outcome(lease, RETRY, BOOM, 60.0))
         started = start(store, copy(delivery, redelivered=True))
         [settlement] = started.settled
-        assert settlement.action == SettleAction.RETRY
+        assert (settlement.action, settlement.is_early) == (SettleAction.RETRY, True)
         assert 55 < settlement.delay <= 60
         # what the broker counts up by one is then what the log has
         assert settlement.lease.delivery.attempts + 1 == 1

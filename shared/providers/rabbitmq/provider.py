@@ -198,6 +198,8 @@ class RabbitMQProvider(QueueProvider):
             return []
         with self._translated():
             inlet, outlet = self._connect()
+            if any(each.is_early for each in settlements):
+                outlet.forget_delays()
             moves, refused = inlet.sort_out(settlements)
             # first what needs no publishing, which may fail for the time being
             copied_first = [*moves.retries, *self._to_bury(moves)]
@@ -279,10 +281,8 @@ class RabbitMQProvider(QueueProvider):
     def count_delayed(self) -> int:
         with self._translated():
             inlet, _ = self._connect()
-            names = map(self._layout.delay, range(DELAY_LEVELS))
-            there = list(itertools.takewhile(lambda name: inlet.count(name) is not None, names))
             # messages go from the longer ones to the shorter: so none is counted by neither
-            return sum(inlet.count(name) or 0 for name in reversed(there))
+            return sum(inlet.count(name) or 0 for name in self._delays(inlet))
 
     def take_waiting(self, subscription: Subscription, limit: int) -> list[Lease]:
         # a pause is what consumers agree upon; the queue itself knows nothing of it
@@ -299,10 +299,16 @@ class RabbitMQProvider(QueueProvider):
     ) -> int:
         with self._translated():
             inlet, _ = self._connect()
-            names = map(self._layout.delay, range(DELAY_LEVELS))
-            there = list(itertools.takewhile(lambda name: inlet.count(name) is not None, names))
             # from the longer ones to the shorter, as they go: none is overlooked on its way
-            return sum(inlet.drop(name, is_over) for name in reversed(there))
+            there = [name for name in self._delays(inlet) if inlet.count(name) is not None]
+            return sum(inlet.drop(name, is_over) for name in there)
+
+    def _delays(self, inlet: Inlet) -> list[str]:
+        """Return the delay queues, the longest first; some may be gone."""
+        # by their exchanges: a queue that is gone hides no longer one, and for each name that
+        # is asked for in vain RabbitMQ notes an error
+        names = map(self._layout.delay, range(DELAY_LEVELS))
+        return list(itertools.takewhile(inlet.has_exchange, names))[::-1]
 
     def shares(self, subscription: Subscription) -> bool:
         if subscription.id in self._mine:

@@ -226,6 +226,10 @@ class Outlet(Side):
             self.scratch.queue_bind(name, name, arguments={delay_header(each): True})
         self._levels = max(self._levels, level + 1)
 
+    def forget_delays(self) -> None:
+        """Have the delay queues declared again: some may be gone, and what goes there is due."""
+        self._levels = 0
+
     def bind_due(self, exchange: str) -> None:
         """Have what is due for an exchange of events reach it."""
         key = f"{DUE} {exchange}"
@@ -303,6 +307,14 @@ class Inlet(Side):
             self.scratch.queue_declare(name, durable=True, auto_delete=False, arguments=kind)
         except amqp.PreconditionFailed:
             self.scratch.queue_declare(name, passive=True)
+
+    def has_exchange(self, name: str) -> bool:
+        """Say whether an exchange is there."""
+        try:
+            self.scratch.exchange_declare(name, "headers", passive=True)
+        except amqp.NotFound:
+            return False
+        return True
 
     def count(self, name: str) -> int | None:
         """Return how many messages of a queue are ready; ``None`` where it is not."""
