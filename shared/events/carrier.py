@@ -353,16 +353,16 @@ class Carrier:
         if not self._is_blocked:
             self._report(Noticed(str(exc)))
         self._is_blocked = True
-        self._report_unpublished()
+        self._report_unpublished(str(exc))
 
-    def _report_unpublished(self) -> None:
+    def _report_unpublished(self, reason: str = "") -> None:
         new, self._unpublished = self._unpublished, []
         if new:
-            self._give_back(new)
+            self._give_back(new, reason)
 
-    def _give_back(self, new: list[Publish]) -> None:
+    def _give_back(self, new: list[Publish], reason: str = "") -> None:
         self._setbacks += 1
-        self._report(Unpublished(_all(new), _has_backlog(new), self._setbacks))
+        self._report(Unpublished(_all(new), _has_backlog(new), self._setbacks, reason))
 
     def _settle(self) -> None:
         if self._unsettled:

@@ -199,11 +199,15 @@ class Refused:
 
 @dataclass(slots=True)
 class Unpublished:
-    """The provider may not have these. ``setbacks`` counts how often that was said."""
+    """The provider may not have these. ``setbacks`` counts how often that was said.
+
+    ``reason`` says why, where it is not that the provider is down.
+    """
 
     deliveries: list[Delivery]
     is_backlog: bool
     setbacks: int
+    reason: str = ""
 
 
 @dataclass(slots=True)

@@ -166,7 +166,7 @@ class UnloggedPump:
                 self._mailbox.answer(pending.promise.resolve, None)
 
     def _take_unpublished(self, report: Unpublished) -> None:
-        self._reject(report.deliveries, self._reason)
+        self._reject(report.deliveries, report.reason or self._reason)
 
     def _take_refused(self, report: Refused) -> None:
         self._reject(report.deliveries, report.reason)
