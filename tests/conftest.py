@@ -80,17 +80,16 @@ def mariadb_server() -> Iterator[MariaDBServer]:
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[RedisServer]:
     """A Redis for all tests of the run; who stops it starts it again."""
-    server = RedisServer(password="p@ss:w/ord?#%'\"")
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
+    yield from _started_redis()
 
 
 @pytest.fixture(scope="session")
 def shared_redis_server() -> Iterator[RedisServer]:
     """A Redis for what outlives a test: the other one is emptied by who needs it so."""
+    yield from _started_redis()
+
+
+def _started_redis() -> Iterator[RedisServer]:
     server = RedisServer(password="p@ss:w/ord?#%'\"")
     try:
         server.start()

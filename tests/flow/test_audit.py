@@ -84,14 +84,18 @@ def test_a_redis_that_was_wiped_in_mid_stream_is_filled_again(redis_flow, redis_
     assert worker.process.poll() is None
 
 
+def two_that_wait(flow):
+    """Dispatch two events to a worker that is stopped; return their ids."""
+    worker = flow.run(BRISK)
+    flow.wait_for_status(flow.send("single.happened", {"n": 1}), "completed")
+    worker.stop()
+    return [flow.send("single.happened", {"n": n}) for n in (2, 3)]
+
+
 def test_what_was_removed_from_redis_by_hand_is_missed_and_comes_back(redis_flow, redis_server):
     """Given a worker, and of two deliveries that wait one without envelope, one in no place."""
     flow = redis_flow
-    worker = flow.run(BRISK)
-    message_id = flow.send("single.happened", {"n": 1})
-    flow.wait_for_status(message_id, "completed")
-    worker.stop()
-    bare, placeless = [flow.send("single.happened", {"n": n}) for n in (2, 3)]
+    bare, placeless = two_that_wait(flow)
     with redis_server.client(1) as client:
         [waiting] = client.keys("*:waiting")
         [messages] = client.keys("*:messages")
@@ -111,11 +115,7 @@ def test_what_was_removed_from_redis_by_hand_is_missed_and_comes_back(redis_flow
 def test_a_worker_that_meets_an_envelope_that_is_gone_goes_on(redis_flow, redis_server):
     """Given a worker that reserves it before any audit."""
     flow = redis_flow
-    worker = flow.run(BRISK)
-    message_id = flow.send("single.happened", {"n": 1})
-    flow.wait_for_status(message_id, "completed")
-    worker.stop()
-    bare, other = [flow.send("single.happened", {"n": n}) for n in (2, 3)]
+    bare, other = two_that_wait(flow)
     with redis_server.client(1) as client:
         [messages] = client.keys("*:messages")
         client.hdel(messages, min(client.hkeys(messages), key=int))

@@ -90,7 +90,7 @@ def test_a_handler_that_outlasts_its_lease_runs_once(broker_flow):
     flow = broker_flow
     flow.run_twice(TALLY, QUEUE_LEASE_SECONDS="1")
 
-    message_id = flow.send("unit.sent", {"n": 1, "sleep": 4})
+    message_id = flow.send("unit.sent", {"n": 1, "sleep": 5})
 
     message = flow.wait_for_status(message_id, "completed")
     assert [effect["what"] for effect in flow.effects.all()] == ["ran", "done"]
@@ -130,7 +130,7 @@ def test_a_handler_may_take_longer_than_rabbitmq_waits(impatient):
     flow, _ = impatient
     flow.run_twice(TALLY)
 
-    message_id = flow.send("unit.sent", {"n": 1, "sleep": 10})
+    message_id = flow.send("unit.sent", {"n": 1, "sleep": 12})
 
     message = flow.wait_for_status(message_id, "completed")
     assert [effect["what"] for effect in flow.effects.all()] == ["ran", "done"]

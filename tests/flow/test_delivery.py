@@ -92,7 +92,7 @@ def test_a_dead_workers_delivery_is_taken_over_and_burns_no_attempt(flow):
 def test_a_handler_that_burns_the_processor_keeps_its_lease(flow):
     flow.run_twice(RECORDER, QUEUE_LEASE_SECONDS="1")
 
-    message_id = flow.send("thing.happened", {"burn": 5})
+    message_id = flow.send("thing.happened", {"burn": 8})
 
     message = flow.wait_for_status(message_id, "completed")
     assert len(flow.effects.all(handler="first", what="ran")) == 1

@@ -141,7 +141,7 @@ def test_one_at_once_over_two_processes_until_the_limit_is_removed(crowd):
     # none waits for longer than it has to
     assert time.monotonic() - began < 30 * 0.05 + 5
 
-    crowd.send(100, sleep=0.3)
+    crowd.send(100, sleep=0.5)
     removed = time.time()
     crowd.limit()
     crowd.wait_for(140, what="done")
@@ -175,7 +175,7 @@ def test_a_limit_is_obeyed_that_changes_while_they_run(crowd):
     assert crowd.most_at_once(limited) <= 2
     crowd.limit(concurrency=6)
     changed = time.time()
-    crowd.wait_for(len(crowd.ran()) + 100)
+    crowd.wait_for(len(crowd.ran()) + 150)
     assert 5 <= crowd.most_at_once(changed) <= 6
 
 
