@@ -25,13 +25,14 @@ demo: $(DONE) ## Sign 30 people up, and show what became of each event
 run: $(DONE) ## Start the four services, and leave them running
 	@$(BIN)/python -m services.demo run $(ARGS)
 
-# Most tests wait for other processes, so three parts at once take little longer than one. The
+# Most tests wait for other processes, so four parts at once take little longer than one. The
 # first of these take longest; of tests/flow each has the files whose names begin so.
-PARTS := flow-r flow-d others flow-e-n flow-o-p flow-a-c flow-q faults flow-s-z
+PARTS := others flow-d flow-r flow-e-n flow-a-c flow-o-p faults flow-q flow-s-z
 
-test: $(DONE) ## Run the tests, in parts at once; ARGS='-k company' runs those
+test: $(DONE) ## Run the tests, in parts at once; root gets the servers installed; ARGS='-k company' runs those
 ifeq ($(ARGS),)
-	@$(MAKE) --no-print-directory --keep-going -j3 $(PARTS:%=test-%)
+	@tests/support/servers.sh
+	@$(MAKE) --no-print-directory --keep-going -j4 $(PARTS:%=test-%)
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif

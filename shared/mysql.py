@@ -165,6 +165,8 @@ class NativeConnection(PlainConnection):
             return str(value)
         if isinstance(value, str) and not self.server_status & _NO_BACKSLASHES:
             return f"'{escape_string(value)}'"
+        if type(value) is datetime and value.tzinfo is None:
+            return f"'{value.isoformat(' ')}'"
         written: str = self.escape(value)
         return written
 

@@ -21,6 +21,7 @@ from eventlet import hubs, patcher
 from eventlet.event import Event
 
 os = patcher.original("os")
+poll = patcher.original("select").poll
 select = patcher.original("select").select
 sleep = patcher.original("time").sleep
 socket = patcher.original("socket")
@@ -118,6 +119,7 @@ class Mailbox:
         self._answers: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._to_hub = Signal()
         self._reader: Any = None
+        self._is_listening = False
 
     def send(self, command: Any) -> None:
         """Hub, signal handler or another thread: give a command to the thread."""
@@ -145,10 +147,24 @@ class Mailbox:
         self.inbox.close()
 
     def _listen(self) -> None:
-        while True:
-            hubs.trampoline(self._to_hub.fileno(), read=True)
-            self._to_hub.clear()
-            self._drain()
+        # told once: to tell the hub anew for each answer takes longer than the answer
+        hub = hubs.get_hub()
+        fails = eventlet.getcurrent().throw
+        listener = hub.add(hub.READ, self._to_hub.fileno(), self._hear, fails, lambda: None)
+        try:
+            while True:
+                self._is_listening = True
+                hub.switch()
+                self._is_listening = False
+                self._drain()
+        finally:
+            hub.remove(listener)
+
+    def _hear(self, _descriptor: int) -> None:
+        self._to_hub.clear()
+        # else it is about to look whether there are more answers
+        if self._is_listening:
+            self._reader.switch()
 
     def _drain(self) -> None:
         while self._answers:

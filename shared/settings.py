@@ -223,6 +223,23 @@ def _needed(value: Any) -> str:
     return _text(value)
 
 
+def _host(value: Any) -> str:
+    host = _needed(value)
+    try:
+        if ":" in host:
+            ipaddress.IPv6Address(host)
+        elif not re.fullmatch(r"[\w.-]+", host):
+            raise ValueError
+    except ValueError:
+        wanted = "must be the name or the address of a host alone: its port is a setting of its own"
+        raise EnvError(wanted) from None
+    return host
+
+
+def _host_or_none(value: Any) -> str:
+    return _host(value) if _text(value) else ""
+
+
 def _provider(value: Any) -> str:
     name = _text(value)
     if name in BUILT_IN_PROVIDERS:
@@ -517,13 +534,13 @@ class _Reader:
             admin_tokens=self.get("QUEUE_ADMIN_TOKENS", "", _tokens),
             mail_url=self.get("MAIL_URL", f"file:{data_dir.absolute() / 'mail'}", _mail_url),
             mail_from=self.get("MAIL_FROM", "noreply@example.com", _mail_from),
-            redis_host=self.get("REDIS_HOST", "127.0.0.1", _needed),
+            redis_host=self.get("REDIS_HOST", "127.0.0.1", _host),
             redis_port=self.get("REDIS_PORT", 6379, _number(1, 65535)),
             redis_password=self.get("REDIS_PASSWORD", "", _text),
             redis_db=self.get("REDIS_DB", 1, _number(0, 1 << 20)),
             redis_url=self.get("REDIS_URL", "", _redis_url),
             redis_prefix=self.get("REDIS_PREFIX", "nameko", _redis_prefix),
-            rabbitmq_host=self.get("RABBITMQ_HOST", "127.0.0.1", _needed),
+            rabbitmq_host=self.get("RABBITMQ_HOST", "127.0.0.1", _host),
             rabbitmq_port=self.get("RABBITMQ_PORT", 5672, _number(1, 65535)),
             rabbitmq_username=self.get("RABBITMQ_USERNAME", "guest", _needed),
             rabbitmq_password=self.get("RABBITMQ_PASSWORD", "guest", _text),
@@ -557,7 +574,7 @@ class _Reader:
         )
 
     def database(self) -> Database | None:
-        host = self.get("DB_HOST", "", _text)
+        host = self.get("DB_HOST", "", _host_or_none)
         database = Database(
             host=host,
             port=self.get("DB_PORT", 3306, _number(1, 65535)),

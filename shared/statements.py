@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Dialect
+from sqlalchemy import Connection, Dialect, Enum
 from sqlalchemy.exc import DBAPIError
 
 from shared.database import Transaction
@@ -272,5 +272,7 @@ def _bind_processor(type_: Any, dialect: Dialect) -> Processor | None:
 
 
 def _result_processor(type_: Any, dialect: Dialect) -> Processor | None:
+    if isinstance(type_, Enum):
+        return None  # words: it would look up each, to find the same
     processor: Processor | None = type_.dialect_impl(dialect).result_processor(dialect, None)
     return processor

@@ -173,15 +173,6 @@ def undisturbed() -> Iterator[None]:
             signal.signal(one, handler)
 
 
-def free_ports(count: int) -> list[int]:
-    """Return TCP ports of this machine that nothing listens on."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((HOST, 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 def check_free(service: str, address: Address) -> None:
     """See whether a service can listen.
 

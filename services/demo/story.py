@@ -26,7 +26,6 @@ from services.demo.processes import (
     START_SECONDS,
     DemoError,
     Services,
-    free_ports,
     read_config,
 )
 from services.demo.servers import running
@@ -34,6 +33,7 @@ from services.demo.verdict import SUBSCRIBERS, Claim, Event, events_of, judge
 from shared.database import database_url, disposing, make_reader
 from shared.settings import Settings, settings_or_exit
 from shared.tables import messages
+from shared.testing.servers import free_port
 
 SETTLE_SECONDS = 60.0
 """How long the deliveries may take, in which case something is wrong; usually it is one."""
@@ -61,7 +61,7 @@ def main() -> int:
 
 def _show(console: Console, folder: Path) -> int:
     started = time.monotonic()
-    mail_port, *ports = free_ports(4)
+    mail_port, *ports = (free_port() for _ in range(4))
     _set_environment(folder, mail_port, ports)
     with running(console, settings_or_exit(read_config())):
         return _tell(console, folder, mail_port, started)

@@ -86,6 +86,7 @@ def report_of(
         "misdrawn": len(found.misdrawn),
         "unpaused": len(found.unpaused),
         "withheld": len(found.withheld),
+        "orphaned": found.orphaned.total(),
         "repaired": repair and not found.are_none,
     }
 

@@ -194,6 +194,8 @@ class ApartPump(Pump):
         self._alone_at = 0.0
         # messages that no subscription in the log wants: stored here, and not published so far
         self._alone: dict[str, None] = {}
+        # what the provider is to forget, as soon as it is there
+        self._retired: list[Subscription] = []
         # queues and types of events for which there was a subscription
         self._wanted: set[tuple[str, str]] = set()
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -212,7 +214,7 @@ class ApartPump(Pump):
             Consume: self._take_consume,
             Ask: self._tell,
             Check: self._tell,
-            Forget: self._tell,
+            Forget: self._take_forget,
             StopConsuming: self._stop_consuming,
         }
 
@@ -389,6 +391,9 @@ class ApartPump(Pump):
         self._say(logging.ERROR, "work waits and does not come, connecting anew: %s", names)
         self._watch.is_stuck(report.subscriptions)
 
+    def _take_forget(self, command: Forget) -> None:
+        self._retired += command.subscriptions
+
     def _stop_consuming(self, command: StopConsuming) -> None:
         self._is_stopping = True
         self._tell(command)
@@ -424,7 +429,7 @@ class ApartPump(Pump):
 
     def _announce(self, wanted: Consume) -> None:
         # the provider has to have its queues before anybody dispatches to them
-        mine = self._database.run(lambda tx: subscriptions.announce(tx, wanted.subscriptions))
+        mine = self._register_by(subscriptions.announce, wanted.subscriptions)
         self._is_first |= mine != self._mine
         self._mine = mine
         # before anything may be reserved
@@ -726,6 +731,8 @@ class ApartPump(Pump):
             self._hear_of_limits()
         if self._gate.limited:
             self._ask_for_more()
+        if self._retired and self._is_up:
+            self._forget_retired()
         if now >= self._look_at:
             self._look_at = now + SIGN_SECONDS
             self._look_after_carrier()
@@ -735,6 +742,14 @@ class ApartPump(Pump):
         elif self._is_activated and self._watch.is_changed:
             self._database.run(self._sign, durable=False)
             self._watch.is_changed = False
+
+    def _forget_retired(self) -> None:
+        """Have the provider remove what was retired, but for what came back while it was away."""
+        active = self._database.read(lambda tx: subscriptions.active(tx.connection))
+        back = {each.id for each in active}
+        gone, self._retired = [each for each in self._retired if each.id not in back], []
+        if gone:
+            self._tell(Forget(gone))
 
     # --- limits
 

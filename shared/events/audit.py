@@ -79,6 +79,9 @@ class Findings:
     withheld: list[Subscription] = field(default_factory=list)
     """Paused in the provider alone: what they have would wait for ever, and nobody told why."""
 
+    orphaned: Counter[int] = field(default_factory=Counter)
+    """By subscription that was retired: what is open all the same, and nobody will handle."""
+
     def __str__(self) -> str:
         wrong = []
         if self.lack.suspects:
@@ -89,13 +92,17 @@ class Findings:
             wrong.append(f"{len(self.unpaused)} pauses missing in the provider")
         if self.withheld:
             wrong.append(f"{len(self.withheld)} pauses of the provider alone")
-        return " and ".join(wrong) or "every delivery is accounted for"
+        if self.orphaned:
+            wrong.append(f"{self.orphaned.total()} open deliveries of retired subscriptions")
+        unseen = list(self.held.values()).count(None)
+        but = f", but for what waits in {unseen} queues that are left alone" if unseen else ""
+        return " and ".join(wrong) or f"every delivery is accounted for{but}"
 
     @property
     def are_none(self) -> bool:
         """Whether the books balance."""
         wrong = self.lack.suspects or self.misdrawn or self.unpaused or self.withheld
-        return not wrong
+        return not (wrong or self.orphaned)
 
 
 Answer = Callable[[Sequence[Entry]], Lack]
@@ -328,6 +335,7 @@ class Audit:
         # who has nothing to get misses nothing
         waiting = {each.subscription_id for each in entries}
         found.withheld = self._twice(partial(self._paused_there_alone, waiting))
+        found.orphaned = self._orphaned()
         return found
 
     def repair(self, found: Findings) -> None:
@@ -345,6 +353,10 @@ class Audit:
             )
         for some in _parts(ids):
             self._database.run(partial(audit.draw_anew, message_ids=some), durable=False)
+        discard = partial(subscriptions.discard, subscription_ids=sorted(found.orphaned))
+        has_more = bool(found.orphaned)
+        while has_more:
+            has_more = self._database.run(discard, durable=False)
 
     def close(self) -> None:
         """Close what is open. Never raises."""
@@ -378,6 +390,13 @@ class Audit:
             sleep(AGAIN_SECONDS)
             again = look()
             found = [each for each in found if each in again]
+        return found
+
+    def _orphaned(self) -> Counter[int]:
+        found = self._read(audit.orphaned)
+        if found:
+            sleep(AGAIN_SECONDS)  # who retires one discards what it has next
+            found &= self._read(audit.orphaned)
         return found
 
     def _paused_in_log_alone(self) -> list[Subscription]:

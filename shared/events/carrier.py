@@ -66,7 +66,7 @@ LONGEST_GATHER_SECONDS = 0.01
 MOST_GATHERED = 100
 """Deliveries that are published sooner than that."""
 
-AHEAD = 4
+AHEAD = 9
 """How many times as many as there are workers may be reserved ahead, where handlers are short."""
 
 SHORT_SECONDS = 0.05
@@ -214,6 +214,7 @@ class Carrier:
         self._tell_notices()
         if not self._connected:
             self._report_unpublished()
+            self._report_forgotten()
 
     def _take_publish(self, command: Publish) -> None:
         if command.setbacks in (None, self._setbacks):
@@ -419,6 +420,12 @@ class Carrier:
         while self._forgotten:
             self._provider.forget(self._forgotten[0])
             del self._forgotten[0]
+
+    def _report_forgotten(self) -> None:
+        """Give back what is to be forgotten: until that can be done, it may be consumed again."""
+        if self._forgotten:
+            self._report(Forget(self._forgotten))
+            self._forgotten = []
 
     def _tell_notices(self) -> None:
         while self._provider.notices:

@@ -131,7 +131,7 @@ class Detach:
 
 @dataclass(slots=True)
 class Forget:
-    """Remove subscriptions that were retired."""
+    """Remove subscriptions that were retired; the carrier gives back those that it cannot."""
 
     subscriptions: list[Subscription]
 

@@ -64,7 +64,7 @@ def make_envelope(
     :param metadata: JSON that travels along; ``version`` names the contract's version.
     :param dedupe_key: 1 to 200 characters: what has the same key is stored once in the
         queue, within 24 hours. Or a key with a scope of its own.
-    :param context: nameko's context data, to be carried to the handler.
+    :param context: of nameko's context data what is JSON, to be carried to the handler.
     :param own: what else the suite itself keeps with the message.
     :raises PayloadError: naming what is wrong with the names, payload or options.
     :raises ContractError: naming the fields that break the contract.
@@ -79,7 +79,7 @@ def make_envelope(
         _say_free(source, event_type)
     contracts.check(source, event_type, payload, kept)
     if context or own:
-        its = {"context": _sendable(context)} if context else {}
+        its = {"context": dict(context)} if context else {}
         kept[OWN_METADATA] = {**its, **(own or {})}
     return Envelope(
         id=new_message_id(),
@@ -147,7 +147,7 @@ class Dispatch:
             one of an event's own.
         """
         with Dispatching(self._queue, self._context) as dispatching:
-            context = {**self._context, **dispatching.headers}
+            context = _sendable({**self._context, **dispatching.headers})
             envelopes = [self._envelope(event, options, context) for event in events]
             if len(envelopes) > 1 and options.get("dedupe_key") is not None:
                 raise PayloadError({"dedupe_key": "must be given for each event, not for all"})

@@ -116,7 +116,7 @@ class JoinedPump(Pump):
             self._register(self._consuming)
 
     def _register(self, wanted: Consume) -> None:
-        mine = self._database.run(lambda tx: subscriptions.register(tx, wanted.subscriptions))
+        mine = self._register_by(subscriptions.register, wanted.subscriptions)
         self._provider.declare(mine)
         self._mine, self._is_registered = mine, True
         self._batches = {x.id: size for x, size in zip(mine, wanted.batches, strict=True)}

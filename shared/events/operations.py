@@ -344,7 +344,7 @@ class AuditTimer(DependencyProvider):
                 self._audit.repair(found)
                 self._say(logging.WARNING, "audit: %s; repaired", found)
                 self._mailbox.answer(self.client.relay)
-            lacking = found.lack.counts.total()
+            lacking = found.lack.counts.total() + found.orphaned.total()
             counts.ended(lacking, len(found.misdrawn), len(found.unpaused + found.withheld))
         except (ProviderError, StoreUnavailableError) as exc:
             counts.put_off()

@@ -46,7 +46,7 @@ from shared.native import Mailbox, sleep
 from shared.observe.counts import PumpCounts
 from shared.providers import QueueProvider
 from shared.settings import Settings
-from shared.store import attempts, dedupe, log
+from shared.store import attempts, dedupe, log, subscriptions
 from shared.store.dedupe import First
 from shared.store.log import Handover
 from shared.store.migrate import LOG, missing, upgrade_sqlite
@@ -344,6 +344,26 @@ class Pump(ABC):
             self._say_refused(outcome)
         self.counts.lost_leases += len(turn.refused)
         turn.appends, turn.outcomes = [], []
+
+    def _register_by(
+        self,
+        step: Callable[[Transaction, Sequence[Subscription]], list[Subscription]],
+        wanted: Sequence[Subscription],
+    ) -> list[Subscription]:
+        """Store what is to be consumed; say of what that changes the reliability."""
+        changed, mine = self._database.run(
+            lambda tx: (subscriptions.changed(tx, wanted), step(tx, wanted))
+        )
+        for each in changed:
+            self._say(
+                logging.WARNING,
+                "%s %s is %s from now on, which it was not: all processes of a service are to have"
+                " the same options",
+                each.event_type,
+                each.subscriber,
+                "reliable" if each.reliable else "unreliable",
+            )
+        return mine
 
     def _say_refused(self, outcome: Outcome) -> None:
         self._say(

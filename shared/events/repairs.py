@@ -383,12 +383,16 @@ class Operations(Publisher, Replays):
             its = consumers.find(tx.connection, subscription_id)
             if consumers.is_live(consumers.seen_at(tx.connection, subscription_id), tx.now):
                 raise SubscriptionLiveError(f"{its.subscriber} was there in the last 30 s")
-            subscriptions.retire(tx, [subscription_id])
+            subscriptions.end(tx, [subscription_id])
             detail = {"messageType": its.event_type, "subscriber": its.subscriber}
             trail.note(tx, Deed(actor, "retire", f"subscription {subscription_id}", detail))
             return its, []
 
-        self.client.forget([self.client.call(step)])
+        its = self.client.call(step)
+        # each in a transaction of its own: others go on dispatching
+        while self.client.call(lambda tx: (subscriptions.discard(tx, [subscription_id]), [])):
+            pass
+        self.client.forget([its])
         return {"subscriptions": [subscription_id], "retired": True}
 
 

@@ -196,8 +196,8 @@ def audit_metrics(audited: AuditCounts) -> Iterator[Metric]:
     yield audits
     repaired = CounterMetricFamily(
         f"{PREFIX}audit_repaired",
-        "What audits put right: deliveries that the provider had lost, and messages of another "
-        "status than their deliveries.",
+        "What audits put right: deliveries that the provider had lost or that waited for a retired "
+        "subscription, and messages of another status than their deliveries.",
         labels=("what",),
     )
     repaired.add_metric(("delivery",), audited.missing_deliveries)

@@ -14,12 +14,14 @@ import os
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import (
     BindParameter,
     Integer,
+    Select,
     and_,
     bindparam,
     case,
@@ -32,6 +34,7 @@ from sqlalchemy import (
     or_,
     select,
     true,
+    union_all,
     update,
 )
 from sqlalchemy.exc import SQLAlchemyError
@@ -61,6 +64,9 @@ POLL_SECONDS = 0.1
 """How often work is looked for where nothing can wake this process: on other machines."""
 
 WAKE_FOLDER = "wake"
+
+MOST_LOOKED_AT = 100
+"""Subscriptions that one statement looks at; SQLite takes no more than 500 parts."""
 
 RPC_WAKE_FOLDER = "wake-rpc"
 """Apart from that of the events: a call then wakes nobody but who takes part in RPC."""
@@ -197,12 +203,12 @@ class EmbeddedProvider(QueueProvider):
         """Return which subscriptions have something ready, after what is due was made so."""
         if not subscription_ids:
             return []
-        values = {"ids": subscription_ids}
-        rows = _LOOK.fetch(tx, values)
+        rows = _look(tx, subscription_ids)
         times = [time for row in rows for time in (row.available, row.lease) if time is not None]
         if times and min(times) <= tx.now:
-            _DUE.change(tx, {**values, "now": tx.now})
-            _TAKE_OVER.change(tx, {**values, "now": tx.now})
+            values = {"ids": subscription_ids, "now": tx.now}
+            _DUE.change(tx, values)
+            _TAKE_OVER.change(tx, values)
             return self._with_ready(tx, subscription_ids)
         wait = (min(times) - tx.now).total_seconds() if times else math.inf
         self._due = monotonic() + wait
@@ -251,8 +257,8 @@ _IS_OPEN = c.status != literal_column("'completed'")
 _IS_WAITING = or_(*[c.status == status for status in sorted(WAITING)])
 
 
-def _earliest(time: Any) -> Any:
-    its = and_(c.subscription_id == subscriptions.c.id, time.is_not(None))
+def _earliest(time: Any, subscription_id: Any) -> Any:
+    its = and_(c.subscription_id == subscription_id, time.is_not(None))
     return select(time).where(its).order_by(time).limit(1).scalar_subquery()
 
 
@@ -272,17 +278,6 @@ _SCHEDULE = Prepared(
     update(deliveries)
     .where(c.seq == bindparam("its_seq"), _IS_WAITING)
     .values(available_at=bindparam("its_due"), provider=None)
-)
-_LOOK = Prepared(
-    select(
-        subscriptions.c.id,
-        subscriptions.c.paused_at,
-        _earliest(c.available_at).label("available"),
-        _earliest(c.lease_expires_at).label("lease"),
-        exists()
-        .where(c.subscription_id == subscriptions.c.id, c.ready == true())
-        .label("is_ready"),
-    ).where(subscriptions.c.id.in_(_IDS))
 )
 _DUE = Prepared(
     update(deliveries)
@@ -359,6 +354,36 @@ _STATS = Prepared(
     .group_by(subscriptions.c.id, subscriptions.c.subscriber)
     .order_by(subscriptions.c.id)
 )
+
+
+def _look(tx: Transaction, subscription_ids: Sequence[int]) -> list[Any]:
+    rows: list[Any] = []
+    in_order = sorted(subscription_ids)  # they were set up in none
+    for start in range(0, len(in_order), MOST_LOOKED_AT):
+        ids = in_order[start : start + MOST_LOOKED_AT]
+        rows += _looking_at(len(ids)).fetch(tx, {f"id_{n}": id_ for n, id_ in enumerate(ids)})
+    return rows
+
+
+@cache
+def _looking_at(count: int) -> Prepared:
+    """Return what looks for the next of so many subscriptions.
+
+    Each has a SELECT of its own, with its number in it: where that comes from another row, MariaDB
+    looks through all that the subscription ever had to find what has a time.
+    """
+    return Prepared(union_all(*[_looking_at_one(f"id_{n}") for n in range(count)]))
+
+
+def _looking_at_one(name: str) -> Select[Any]:
+    its = bindparam(name, type_=subscriptions.c.id.type)
+    return select(
+        subscriptions.c.id,
+        subscriptions.c.paused_at,
+        _earliest(c.available_at, its).label("available"),
+        _earliest(c.lease_expires_at, its).label("lease"),
+        exists().where(c.subscription_id == its, c.ready == true()).label("is_ready"),
+    ).where(subscriptions.c.id == its)
 
 
 def _count(taken: Mapping[int, list[int]]) -> int:

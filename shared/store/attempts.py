@@ -84,6 +84,16 @@ _STATE_COLUMNS = (
     c.lease_expires_at,
 )
 _STATES = Prepared(select(*_STATE_COLUMNS).where(c.seq.in_(_SEQS)))
+# nobody had them, and they are due; what is to be published again may come more than once
+_FRESH = Prepared(
+    select(c.seq, c.message_id).where(
+        c.seq.in_(_SEQS),
+        c.status == DeliveryStatus.PENDING,
+        c.lease_token == 0,
+        c.available_at.is_(None),
+        c.ready.is_(False),
+    )
+)
 _ALL_STATES = Prepared(
     select(*_STATE_COLUMNS, c.processed_at, c.error_message).where(
         c.message_id.in_(bindparam("ids", expanding=True))
@@ -341,14 +351,14 @@ def fit(
     :param known: what the worker has in hand already, or had, and is about to store.
     """
     first = list(takewhile(_is_first, leases))
-    states = _states(tx, first) if first else {}
+    found = _FRESH.fetch(tx, {"seqs": [x.delivery.seq for x in first]}) if first else ()
+    fresh = {row.seq: row for row in found if row.seq not in known}
     good: dict[int, Lease] = {}
     for lease in first:
-        state: Any = states.get(lease.delivery.seq)
-        is_fit = _is_of(state, lease) and _is_fresh(state)
-        if not is_fit or state.seq in good or state.seq in known:
+        seq = lease.delivery.seq
+        if not _is_of(fresh.get(seq), lease) or seq in good:
             break
-        good[state.seq] = replace(lease, token=lease.token or state.lease_token + 1)
+        good[seq] = replace(lease, token=lease.token or 1)
     return list(good.values()), list(leases[len(good) :])
 
 
@@ -356,13 +366,6 @@ def _is_first(lease: Lease) -> bool:
     """Whether the provider handed it out for the first time, as far as it knows."""
     is_new = lease.token < FIRST and not lease.redelivered
     return is_new and bool(lease.delivery.seq) and not lease.delivery.attempts
-
-
-def _is_fresh(state: Any) -> bool:
-    """Whether nobody had it, and it is due."""
-    is_waiting: bool = state.status == DeliveryStatus.PENDING
-    # what is to be published again may come more than once
-    return is_waiting and not (state.lease_token or state.available_at or state.ready)
 
 
 def begin(tx: Transaction, leases: Sequence[Lease], worker: str, held_for: float) -> None:

@@ -6,6 +6,7 @@ In the tables of the ``embedded`` provider such a delivery has besides to wait f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -90,6 +91,17 @@ def elsewhere(connection: Connection, *, is_joined: bool) -> list[Entry]:
         .where(_IS_OPEN, is_there, s.retired_at.is_(None))
     )
     return [Entry(*row) for row in connection.execute(found)]
+
+
+def orphaned(connection: Connection) -> Counter[int]:
+    """Count by subscription what is open of retired ones: dispatched as they were retired."""
+    found = (
+        select(d.subscription_id, func.count())
+        .join(subscriptions, s.id == d.subscription_id)
+        .where(_IS_OPEN, s.retired_at.is_not(None))
+        .group_by(d.subscription_id)
+    )
+    return Counter({its: int(count) for its, count in connection.execute(found)})
 
 
 class Account(NamedTuple):

@@ -95,7 +95,13 @@ _NEXT_EXPIRY = Prepared(
 )
 _WITH_READY = Prepared(
     select(*SUBSCRIPTION_COLUMNS).where(
-        exists().where(c.subscription_id == subscriptions.c.id, c.ready == true())
+        # MariaDB would go through all deliveries, if it was an EXISTS, or any index would do
+        select(c.ready)
+        .with_hint(deliveries, "FORCE INDEX (ix_queue_deliveries_ready)")
+        .where(c.subscription_id == subscriptions.c.id, c.ready == true())
+        .limit(1)
+        .scalar_subquery()
+        .is_not(None)
     )
 )
 _NEXT = Prepared(

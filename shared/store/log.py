@@ -62,6 +62,8 @@ _ADD_FOR_ALL = Prepared(
     .from_select(
         _TO_ADD,
         select(messages.c.id, subscriptions.c.id, _RANK, _IS_OPEN, _UNTIL)
+        # MariaDB may take a queue to be as short as when it opened the table, and go through it
+        .with_hint(messages, "FORCE INDEX (PRIMARY)")
         .join(
             subscriptions,
             and_(

@@ -35,6 +35,9 @@ SILENT_AFTER_SECONDS = 30.0
 FORGOTTEN_AFTER_SECONDS = 120.0
 """An unreliable subscription is over when nobody signed for it in this time."""
 
+MOST_AT_ONCE = 1000
+"""Deliveries that are discarded in one transaction: others write meanwhile."""
+
 
 def register(tx: Transaction, wanted: Sequence[Subscription]) -> list[Subscription]:
     """Store subscriptions that are not yet, and return them all with their ids."""
@@ -47,6 +50,25 @@ def announce(tx: Transaction, wanted: Sequence[Subscription]) -> list[Subscripti
     Those that got some before go on to. Return them all with their ids.
     """
     return [_announce(tx, subscription) for subscription in wanted]
+
+
+def changed(tx: Transaction, wanted: Sequence[Subscription]) -> list[Subscription]:
+    """Return those that are about to become reliable, or to be so no more."""
+    known = tx.connection.execute(
+        select(*SUBSCRIPTION_COLUMNS).where(
+            subscriptions.c.subscriber.in_([each.subscriber for each in wanted]),
+            subscriptions.c.retired_at.is_(None),
+        )
+    )
+    were = {
+        (each.queue, each.event_type, each.subscriber): each for each in map(subscription_of, known)
+    }
+    return [
+        each
+        for each in wanted
+        if (was := were.get((each.queue, each.event_type, each.subscriber)))
+        and was.reliable is not each.reliable
+    ]
 
 
 def activate(tx: Transaction, announced: Sequence[Subscription]) -> list[Subscription]:
@@ -107,6 +129,16 @@ def unsign(tx: Transaction, subscription_ids: Sequence[int]) -> None:
 def retire(tx: Transaction, subscription_ids: Sequence[int]) -> None:
     """End subscriptions: no further events for them, and what is open is discarded.
 
+    Who dispatches meanwhile waits, so this is for those of which little is open.
+    """
+    end(tx, subscription_ids)
+    while discard(tx, subscription_ids):
+        pass
+
+
+def end(tx: Transaction, subscription_ids: Sequence[int]) -> None:
+    """Have subscriptions get no further events; what is open is left to :func:`discard`.
+
     Their limits go with them: one that comes back by the same name begins without.
     """
     tx.connection.execute(
@@ -115,7 +147,6 @@ def retire(tx: Transaction, subscription_ids: Sequence[int]) -> None:
         .values(retired_at=tx.now)
     )
     limits.remove(tx, subscription_ids)
-    refresh(tx, _discard_open(tx, subscription_ids))
 
 
 def set_paused(tx: Transaction, subscription_ids: Sequence[int], by: str | None) -> None:
@@ -161,16 +192,28 @@ def paused(connection: Connection) -> list[Subscription]:
     return [subscription_of(row) for row in connection.execute(found)]
 
 
-def _discard_open(tx: Transaction, subscription_ids: Sequence[int]) -> set[str]:
-    its = deliveries.c.subscription_id.in_(subscription_ids)
+def discard(tx: Transaction, subscription_ids: Sequence[int]) -> bool:
+    """Discard what is open of those subscriptions that are retired, so many at once.
+
+    :returns: whether there may be more.
+    """
+    # who added deliveries, and has yet to commit them, is waited for: each holds this lock, too
+    gone = select(subscriptions.c.id).where(
+        subscriptions.c.id.in_(subscription_ids), subscriptions.c.retired_at.is_not(None)
+    )
+    retired = tx.connection.execute(gone.with_for_update()).scalars().all()
     # what an instance was handling when it was killed nobody else may take over
     is_open = deliveries.c.status.in_([*WAITING, DeliveryStatus.PROCESSING])
-    found = tx.connection.execute(select(deliveries.c.message_id).where(its, is_open))
-    touched = set(found.scalars())
+    found = tx.connection.execute(
+        select(deliveries.c.seq, deliveries.c.message_id)
+        .where(deliveries.c.subscription_id.in_(retired), is_open)
+        .limit(MOST_AT_ONCE)
+    ).all()
+    touched = {row.message_id for row in found}
     lock(tx, touched)
     tx.connection.execute(
         update(deliveries)
-        .where(its, is_open)
+        .where(deliveries.c.seq.in_([row.seq for row in found]), is_open)
         .values(
             status=DeliveryStatus.DISCARDED,
             processed_at=tx.now,
@@ -179,7 +222,8 @@ def _discard_open(tx: Transaction, subscription_ids: Sequence[int]) -> set[str]:
             lease_expires_at=None,
         )
     )
-    return touched
+    refresh(tx, touched)
+    return len(found) == MOST_AT_ONCE
 
 
 def gets_events(alive: Any) -> ColumnElement[bool]:

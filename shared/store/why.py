@@ -134,6 +134,14 @@ def _running(case: Case) -> Finding | None:
     return "leased", f"{row.worker} has had it in hand since {since}.", evidence
 
 
+def _retired(case: Case) -> Finding | None:
+    if case.row.retired_at is None:
+        return None
+    at = iso(case.row.retired_at)
+    said = f"Its subscription was retired at {at} while it was dispatched; an audit discards it."
+    return "retired", said, {"at": at}
+
+
 def _timed(case: Case) -> Finding | None:
     row, until = case.row, case.row.available_at
     if until is None or until <= case.now:
@@ -219,6 +227,7 @@ def _behind(case: Case) -> Finding:
 _QUESTIONS: tuple[Callable[[Case], Finding | None], ...] = (
     _ended,
     _running,
+    _retired,
     _timed,
     _paused,
     _unreachable,

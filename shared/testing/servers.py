@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -49,12 +50,31 @@ class ServerError(Exception):
     """Raised when a server does not do what it was started for."""
 
 
+def reserve_port() -> socket.socket:
+    """Return a socket that has a TCP port of this machine, and does not listen on it.
+
+    While it is open, the port goes to nobody who takes any: neither to another such call
+    nor to an outgoing connection. Who names the port may listen on it, with SO_REUSEADDR as
+    servers do, and to everybody else it is one that refuses connections.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind((HOST, 0))
+    return reserved
+
+
+# enough for those that one test asks for
+_reserved: deque[socket.socket] = deque(maxlen=200)
+
+
 def free_port() -> int:
-    """Return a TCP port of this machine that nothing listens on."""
-    with closing(socket.socket()) as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a TCP port of this machine that nothing listens on, reserved for this process.
+
+    It is so until the process ends, or has asked for 200 more.
+    """
+    _reserved.append(reserve_port())
+    port: int = _reserved[-1].getsockname()[1]
+    return port
 
 
 def find_program(name: str, package: str) -> str:
@@ -94,7 +114,9 @@ class Server(ABC):
     def __init__(self) -> None:
         # in no folder of the caller's: its name may be too long for a socket
         self.folder = Path(tempfile.mkdtemp(prefix="nameko-server-"))
-        self.port = free_port()
+        # for all of its life: it may be restarted when nothing listens
+        self._reserved = reserve_port()
+        self.port: int = self._reserved.getsockname()[1]
         self.process: subprocess.Popen[bytes] | None = None
 
     @abstractmethod
@@ -153,6 +175,7 @@ class Server(ABC):
     def close(self) -> None:
         """End it, and remove its data."""
         self.kill()
+        self._reserved.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _is_up(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -53,6 +55,8 @@ BY_RABBITMQ = {
     "QUEUE_PROVIDER": "shared.providers.rabbitmq:RabbitMQProvider",
     "QUEUE_SOURCES": f"{SOURCE}={QUEUE}",
 }
+
+PEM = str(Path(__file__).parents[1] / "services/localhost.pem")
 
 PLACED = Subscription(QUEUE, SOURCE, "placed", "audit.note", id=1)
 PAID = Subscription(QUEUE, SOURCE, "paid", "audit.note", id=2)
@@ -350,6 +354,19 @@ class TestBesideNameko:
         for each in (consuming, only_looking):
             assert [each.shares(its) for its in (PLACED, PAID, EVERYBODY)] == [True, False, False]
 
+    def test_a_queue_of_another_kind_is_nobody_elses(
+        self, rabbitmq_server: RabbitMQServer, new_provider: NewProvider, channel: Any
+    ) -> None:
+        """Given one that was declared when the setting was another, what is not there is lost."""
+        kind = {"x-queue-type": "quorum"}
+        channel.queue_declare(queue_name(PLACED), durable=True, auto_delete=False, arguments=kind)
+        consuming = new_provider(rabbitmq_server.environment, PLACED)
+        only_looking = new_provider(rabbitmq_server.environment)
+        assert not consuming.shares(PLACED)
+        assert not only_looking.shares(PLACED)
+        [notice] = consuming.notices
+        assert "declared before as another kind of queue" in notice
+
     def test_what_is_no_json_is_left_to_the_handler(
         self, provider: RabbitMQProvider, channel: Any
     ) -> None:
@@ -454,19 +471,19 @@ class TestMessages:
         ids=["time", "key", "id", "metadata", "context", "deep", "ours"],
     )
     def test_of_strangers_arrive_whatever_their_properties(
-        self, provider: RabbitMQProvider, channel: Any, properties: bytes
+        self, provider: RabbitMQProvider, channel: Any, interrupt: int, properties: bytes
     ) -> None:
         message = amqp.Message(b'{"n": 1}')
         message._serialize_properties = lambda: properties
         channel.basic_publish(message, routing_key=queue_name(PLACED))
         [sent] = make_deliveries(1)
         provider.publish([sent])
-        found = reserve_within(provider, 5, 2)
+        found = reserve_within(provider, interrupt, 2)
         bodies = [lease.delivery.message.body for lease in found]
         assert sorted(bodies) == sorted(['{"n": 1}', sent.message.body])
         # once more, as a copy
         settle(provider, "retry", *found)
-        again = reserve_within(provider, 5, 2)
+        again = reserve_within(provider, interrupt, 2)
         assert [lease.delivery.message.body for lease in again] == bodies
         settle(provider, "acknowledge", *again)
 
@@ -615,6 +632,54 @@ class TestDelays:
 
 
 # --- consuming
+
+
+class TestFullQueues:
+    """Given delay queues that refuse what is beyond one."""
+
+    @pytest.fixture(autouse=True)
+    def _full(self, provider: RabbitMQProvider, rabbitmq_server: RabbitMQServer) -> Iterator[None]:
+        full = json.dumps({"max-length": 1, "overflow": "reject-publish"})
+        rabbitmq_server.control("set_policy", "full", r"^nameko\.delay", full)
+        yield
+        rabbitmq_server.control("clear_policy", "full")
+
+    def test_hold_up_nothing_else_and_get_it_once_they_have_room(
+        self,
+        provider: RabbitMQProvider,
+        other: RabbitMQProvider,
+        channel: Any,
+        interrupt: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        sent = make_deliveries(4)
+        provider.publish(sent[:3])
+        failed = reserve_within(provider, interrupt, 3)
+        assert len(failed) == 3
+        began = monotonic()
+        settle(provider, "retry", *failed, delay=0.5)
+        [notice] = provider.notices
+        assert "refused 2 messages: a queue is full; what failed is kept in hand" in notice
+
+        # somebody else does not get those, and what is new goes its way, up to a limit
+        provider.publish(sent[3:])
+        with monkeypatch.context() as patch:
+            patch.setattr("shared.providers.rabbitmq.provider.MOST_REFUSED", 2)
+            assert reserve(provider) == []
+        [new] = reserve_within(provider, interrupt, 1)
+        settle(provider, "acknowledge", new)
+        assert reserve(other) == []
+
+        found: list[Lease] = []
+        while len(found) < 3 and monotonic() < began + 10:
+            provider.wait(0.1, interrupt)
+            found += reserve(provider)
+        assert sorted(lease.delivery.message.id for lease in found) == sorted(
+            lease.delivery.message.id for lease in failed
+        )
+        assert {lease.delivery.attempts for lease in found} == {1}
+        settle(provider, "acknowledge", *found)
+        assert (count(channel, queue_name(PLACED)), provider.count_delayed()) == (0, 0)
 
 
 class TestPushes:
@@ -930,6 +995,63 @@ class TestConsumerTimeout:
             provider.close()
         finally:
             server.close()
+
+
+@pytest.fixture(scope="module")
+def spoken() -> Iterator[tuple[RabbitMQServer, str]]:
+    """A server that speaks TLS, and where."""
+    port = free_port()
+    files = [f"ssl_options.{kind}file = {PEM}" for kind in ("cacert", "cert", "key")]
+    server = RabbitMQServer(f"listeners.ssl.local = {HOST}:{port}", *files)
+    server.start()
+    uri = load_settings(server.environment).rabbitmq_uri
+    uri = uri.replace("amqp://", "amqps://").replace(f":{server.port}/", f":{port}/")
+    yield server, uri.replace(f"@{HOST}", "@localhost")
+    server.close()
+
+
+class TestTLS:
+    def test_carries_what_is_longer_than_a_record_and_wakes(
+        self, spoken: tuple[RabbitMQServer, str], new_provider: NewProvider, interrupt: int
+    ) -> None:
+        trusting = {"AMQP_URI": f"{spoken[1]}?ssl_ca_certs={PEM}"}
+        provider = new_provider(trusting, PLACED)
+        assert reserve(provider) == []
+        body = json.dumps(["x" * 1000] * 300)
+        new_provider(trusting).publish(make_deliveries(5, body=body))
+        with elapsed(at_most=PROMPTLY):
+            provider.wait(30, interrupt)
+        leases = reserve_within(provider, interrupt, 5)
+        assert [lease.delivery.message.body for lease in leases] == [body] * 5
+        settle(provider, "acknowledge", *leases)
+
+    def test_has_the_same_deadlines(
+        self,
+        spoken: tuple[RabbitMQServer, str],
+        new_provider: NewProvider,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(driver, "ANSWER_SECONDS", 1.0)
+        monkeypatch.setattr(driver, "CONNECT_SECONDS", 1.0)
+        server, uri = spoken
+        provider = new_provider({"AMQP_URI": f"{uri}?ssl_ca_certs={PEM}"}, PLACED)
+        assert server.process is not None
+        try:
+            freeze(server.process.pid)
+            with elapsed(at_most=8), pytest.raises(ProviderUnavailableError):
+                provider.publish(make_deliveries(1))
+        finally:
+            os.kill(server.process.pid, signal.SIGCONT)
+        wait_until(provider.health_check, 10, "it to answer again")
+
+    # eventlet leaves a socket open whose handshake fails
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_is_not_spoken_with_strangers(
+        self, spoken: tuple[RabbitMQServer, str], new_provider: NewProvider
+    ) -> None:
+        with pytest.raises(ProviderError, match="certificate"):
+            new_provider({"AMQP_URI": spoken[1]})
+        gc.collect()
 
 
 class TestErrors:

@@ -15,8 +15,10 @@ import pytest
 
 from shared.errors import ProviderBlockedError, ProviderError, ProviderUnavailableError
 from shared.native import Signal
-from shared.providers.redis import RedisProvider, listener, servers
+from shared.providers.redis import RedisProvider, connected, listener, servers
 from shared.providers.redis.provider import SETTLED_MOST, SETTLED_MS
+from shared.providers.redis.rpc import RedisRpc
+from shared.providers.rpc import RpcMessage
 from shared.settings import load_settings
 from shared.testing.conformance.lab import LEASE_SECONDS, QUEUE, SOURCE, Worker, elapsed, seqs
 from shared.testing.servers import HOST, RedisCluster, RedisSentinel, RedisServer, free_port
@@ -37,6 +39,8 @@ BY_REDIS = {"QUEUE_PROVIDER": "shared.providers.redis:RedisProvider"}
 
 PLACED = Subscription(QUEUE, SOURCE, "placed", "audit.note", id=1)
 PAID = Subscription("payments", "bank", "paid", "audit.note", id=2)
+
+SETTINGS_DOC = Path(__file__).parents[2] / "docs/settings.md"
 
 PEM = str(Path(__file__).parents[1] / "services/localhost.pem")
 
@@ -383,6 +387,31 @@ class TestTrouble:
         assert len(set(seqs(rest))) == 80
         assert worker.finished() == 110
 
+    def test_a_connection_that_was_closed_as_idle_is_made_anew(
+        self, provider: RedisProvider, client: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(connected, "IDLE_SECONDS", 0.0)
+        for number in (1, 2):
+            client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            wait_until(provider._server.is_closed, 5, "Redis to close it")  # type: ignore[union-attr]
+            provider.publish(make_deliveries(1, first=number))
+        assert acknowledge_all(provider, PLACED.id) == [1, 2]
+
+    def test_who_loses_the_listener_too_has_to_connect_anew(
+        self, provider: RedisProvider, client: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Given what a restart does: Redis may have lost what was declared."""
+        monkeypatch.setattr(connected, "IDLE_SECONDS", 0.0)
+        for kind in ("normal", "pubsub"):
+            client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+        wait_until(provider._server.is_closed, 5, "Redis to close it")  # type: ignore[union-attr]
+        wait_until(provider._listener.is_closed, 5, "Redis to close it")  # type: ignore[union-attr]
+        with pytest.raises(ProviderUnavailableError):
+            provider.publish(make_deliveries(1))
+        provider.initialize()
+        provider.publish(make_deliveries(1))
+        assert acknowledge_all(provider, PLACED.id) == [1]
+
     def test_listener_killed(self, worker: Worker, client: Any) -> None:
         assert worker.reserve() == []
         client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
@@ -416,6 +445,38 @@ class TestTrouble:
             new_provider(environment)
         assert "s3cret" not in str(raised.value)
         assert f"{HOST}:{redis_server.port}" in str(raised.value)
+
+    def test_the_documented_rights_of_a_user_are_enough(
+        self, redis_server: RedisServer, new_provider: NewProvider, client: Any
+    ) -> None:
+        [line] = [x for x in SETTINGS_DOC.read_text().splitlines() if x.startswith("ACL SETUSER")]
+        name, password = line.split()[2], line.split(">")[1].split()[0]
+        client.acl_log_reset()
+        client.execute_command(*line.split())
+        url = f"redis://{name}:{password}@{HOST}:{redis_server.port}/1"
+        try:
+            provider = new_provider({"REDIS_URL": url}, PLACED)
+            provider.publish(make_deliveries(3))
+            one, two, three = provider.reserve({PLACED.id: 3}, 3)
+            assert provider.extend([one, two, three]) == []
+            ends = [ended(one, "dead_letter"), ended(two, "retry", 9), ended(three, "release")]
+            assert provider.settle(ends) == []
+            provider.pause(PLACED)
+            assert provider.is_paused(PLACED)
+            provider.resume(PLACED)
+            assert provider.holds(PLACED, [2, 3]) == {2, 3}
+            [stats] = provider.get_queue_stats([PLACED])
+            assert (stats.waiting, stats.scheduled, provider.health_check()) == (1, 1, True)
+            with contextlib.closing(RedisRpc(load_settings({"REDIS_URL": url}))) as rpc:
+                rpc.initialize()
+                rpc.declare("callee", lasting=True)
+                message = RpcMessage("callee", "{}", 5.0)
+                assert rpc.send([message]) == []
+                assert [each.body for each in rpc.take({"callee": 1})] == ["{}"]
+            provider.forget(PLACED)
+            assert client.acl_log() == []
+        finally:
+            client.acl_deluser(name)
 
     def test_nobody_there(self, new_provider: NewProvider) -> None:
         with pytest.raises(ProviderUnavailableError, match=r"(?i)refused"):

@@ -110,6 +110,11 @@ class Record:
             self.outboxed |= {payload["n"] for payload in line["events"]}
 
     @property
+    def total(self) -> int:
+        """How many were said to be stored."""
+        return len(self.stored) + len(self.committed)
+
+    @property
     def uncertain(self) -> set[str]:
         """Those of whose fate the source was not told: uncertain, or it was killed."""
         told = self.stored.keys() | self.raised.keys() | self.committed.keys() | self.rolled_back

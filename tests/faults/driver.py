@@ -73,11 +73,13 @@ def run(
     say: Callable[[str], None] = print,
     *,
     killed: Sequence[str] = (),
+    events: int = 0,
     **env: str,
 ) -> Run:
     """Make a world, break so many things in it, and account for all that was dispatched.
 
     :param killed: what is killed besides, in any case.
+    :param events: how many are stored at least, however soon all has broken that is to.
     """
     done = Run(backend, seed)
     world = World(folder, backend, **env)
@@ -99,6 +101,7 @@ def run(
             if not may_refuse:
                 refused += list(Record(world.record).raised.values())[before:]
             was_of_broker = is_of_broker
+        wait_until(lambda: Record(world.record).total >= events, END_SECONDS, "events enough")
         done.account = settle(world)
         done.account.wrong += [f"the broker alone was broken: {each} (P2)" for each in refused]
         done.tracebacks = tracebacks(world)

@@ -12,7 +12,7 @@ from tests.faults.world import BACKENDS
 
 pytestmark = pytest.mark.flow
 
-FAULTS = 6
+FAULTS, EVENTS = 6, 101
 
 KILLED = ("sink-0", "source-0", "broker", "database")
 """What each backend has to survive, whatever the seed chooses."""
@@ -22,12 +22,12 @@ SEED = int(os.environ.get("FAULT_SEED", "20"))
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_promises_are_kept(backend, tmp_path):
-    done = run(tmp_path, backend, SEED, FAULTS, killed=KILLED)
+    done = run(tmp_path, backend, SEED, FAULTS, killed=KILLED, events=EVENTS)
 
     print(done)
     assert done.account.wrong == []
     assert not done.tracebacks
-    assert done.account.stored > 100
+    assert done.account.stored >= EVENTS
 
 
 def test_a_seed_chooses_the_same_faults():

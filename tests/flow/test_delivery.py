@@ -1,12 +1,17 @@
 """Who gets what, in which order, whatever is killed."""
 
 import os
+import re
 import signal
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 
+import eventlet
 import pytest
+from sqlalchemy import func, select, update
 
+from shared.database import database_url, disposing, make_engine
+from shared.tables import deliveries, subscriptions
 from tests.support.waiting import PROMPTLY, wait_until
 
 pytestmark = pytest.mark.flow
@@ -30,9 +35,31 @@ def waiting(flow):
     )
 
 
+def in_hand(flow):
+    """Count what is in the hands of who dispatched it, or of a worker."""
+    with flow.reading() as log:
+        its = deliveries.c.lease_expires_at.is_not(None)
+        return log.execute(select(func.count()).select_from(deliveries).where(its)).scalar()
+
+
 def status_of(flow, message_id, handler):
     deliveries = flow.message(message_id)["deliveries"]
     return next(d["status"] for d in deliveries if d["subscriber"] == f"recorder.{handler}")
+
+
+def test_who_has_other_options_than_those_before_says_so(flow):
+    assert "from now on" not in flow.run(RECORDER).output()
+    others = update(subscriptions).where(subscriptions.c.subscriber == "recorder.first")
+    # it waits for the lock of SQLite's file, which the worker may have
+    made = make_engine(database_url(flow.settings), eventlet.sleep)
+    with disposing(made) as engine, engine.begin() as connection:
+        connection.execute(others.values(reliable=False))
+
+    again = flow.run(RECORDER)
+
+    said = r"thing\.happened recorder\.first is reliable from now on, which it was not"
+    wait_until(lambda: re.search(said, again.output()), 10, again.output)
+    assert again.output().count("from now on") == 1
 
 
 def test_a_thousand_events_to_two_subscribers_while_the_worker_is_killed_five_times(flow):
@@ -60,6 +87,8 @@ def test_urgent_ones_go_before_a_thousand_low_ones_that_wait(flow):
     flow.send_many(low)
     flow.send_many([("thing.happened", {"n": n}) for n in range(1000, 1010)], priority="urgent")
     flow.send("thing.happened", {"n": 2000}, priority="high")
+    # what is on its way to a broker yet cannot go before what is there
+    wait_until(lambda: not in_hand(flow), 20, lambda: f"{in_hand(flow)} to be published")
 
     flow.run(RECORDER)
     handled = flow.effects.wait_for(1011, handler="second", timeout=60)

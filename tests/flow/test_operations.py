@@ -652,8 +652,13 @@ class TestWhy:
         assert site.pause(FIRST)["paused"]
         low, normal = site.publish({}, priority="low"), site.publish({})
         high = site.publish({}, priority="high")
+        # frozen while it writes, it would keep everybody from writing
         for message_id in (low, normal, high):
-            site.flow.effects.wait_for(1, handler="second", id=message_id)
+            wait_until(
+                lambda each=message_id: site.delivery(each, SECOND)["status"] == "completed",
+                10,
+                "its sibling",
+            )
         pid = site.patient.pid
         try:
             freeze(pid)

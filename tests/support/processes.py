@@ -8,10 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from shared.native import socket
 from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -42,14 +45,17 @@ class NamekoProcess:
 
     def _start(self) -> None:
         with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
-                self.arguments,
-                cwd=ROOT,
-                env=self.env,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-            )
+            if self._is_usual:
+                self.process: subprocess.Popen[bytes] | Forked = _warm().start(
+                    self.arguments, self.env, output
+                )
+            else:
+                self.process = _start_anew(self.arguments, self.env, output)
+
+    @property
+    def _is_usual(self) -> bool:
+        """Whether it has what an interpreter is told at its start in common with others."""
+        return self.arguments[0] == str(NAMEKO) and _told(self.env) == _told(_clean_environment())
 
     @property
     def pid(self) -> int:
@@ -87,6 +93,85 @@ class NamekoProcess:
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
+
+
+def _start_anew(
+    arguments: Sequence[str], env: Mapping[str, str], output: BinaryIO | int, **options: Any
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=env,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        **options,
+    )
+
+
+class Warm:
+    """The interpreter that forks; see ``warm.py``."""
+
+    def __init__(self) -> None:
+        self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with its:
+            command = [sys.executable, "-m", "tests.support.warm", str(its.fileno())]
+            output = sys.__stderr__.fileno()
+            self._process = _start_anew(
+                command, _clean_environment(), output, pass_fds=[its.fileno()]
+            )
+
+    def start(self, arguments: Sequence[str], env: Mapping[str, str], output: BinaryIO) -> Forked:
+        """Have a process forked that runs a command of nameko's."""
+        request = json.dumps([arguments, env]).encode()
+        socket.send_fds(self._socket, [request], [output.fileno()])
+        return Forked(self, self._answer())
+
+    def status_of(self, pid: int) -> int | None:
+        """Return the exit status of a process, as :mod:`subprocess` has it, once it ended."""
+        self._socket.send(json.dumps(pid).encode())
+        status: int | None = self._answer()
+        return status
+
+    def _answer(self) -> Any:
+        return json.loads(self._socket.recv(100))
+
+
+@cache
+def _warm() -> Warm:
+    return Warm()
+
+
+class Forked:
+    """What of :class:`subprocess.Popen` the tests use, for a process that another one forked."""
+
+    def __init__(self, warm: Warm, pid: int) -> None:
+        self._warm = warm
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._warm.status_of(self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if timeout is not None and deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.01)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def freeze(pid: int) -> None:
@@ -142,6 +227,11 @@ class Effects:
 def _those(lines: bytes, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in lines.splitlines()]
     return [each for each in found if wanted.items() <= each.items()]
+
+
+def _told(env: Mapping[str, str]) -> dict[str, str]:
+    """Return what an interpreter reads at its start, or has read for it."""
+    return {k: v for k, v in env.items() if k.startswith(("PYTHON", "EVENTLET", "LD_"))}
 
 
 def _clean_environment() -> dict[str, str]:

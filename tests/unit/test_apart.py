@@ -14,14 +14,23 @@ import pytest
 from shared.database import CommitUncertainError
 from shared.errors import StoreUnavailableError
 from shared.events.apart import ApartPump
-from shared.events.commands import Append, Finish, Publish, Published, Reserved, Settle
+from shared.events.commands import (
+    Append,
+    Finish,
+    Forget,
+    Publish,
+    Published,
+    Reserved,
+    Settle,
+    Up,
+)
 from shared.events.pump import RECONNECT_SECONDS
 from shared.native import Mailbox, Promise
 from shared.providers import Capabilities
 from shared.settings import load_settings
 from shared.store import attempts, backlog, log, subscriptions
 from shared.store.log import Handover
-from shared.types import Delivery, Lease, Outcome, SettleAction
+from shared.types import Delivery, Lease, Outcome, SettleAction, Subscription
 from tests.unit.message_log import COMPLETED, Log, event
 from tests.unit.test_backlog import expire
 
@@ -56,6 +65,12 @@ def settled(pump: ApartPump) -> dict[Any, SettleAction]:
     told = [call.args[0] for call in pump._tell.call_args_list]  # type: ignore[attr-defined]
     found = [x for each in told if isinstance(each, Settle) for x in each.settlements]
     return {each.lease.handle: each.action for each in found}
+
+
+def forgotten(pump: ApartPump) -> list[Subscription]:
+    """Return what it told the provider to forget."""
+    told = [call.args[0] for call in pump._tell.call_args_list]  # type: ignore[attr-defined]
+    return [x for each in told if isinstance(each, Forget) for x in each.subscriptions]
 
 
 def completed(store: Log) -> list[Outcome]:
@@ -113,6 +128,25 @@ class TestDispatches:
         pump._end()
 
         assert store.delivery(sent.seq).lease_expires_at is None
+
+
+class TestRetired:
+    def test_are_forgotten_once_the_provider_is_there_but_for_who_came_back(
+        self, store: Log, broker_pump: ApartPump
+    ) -> None:
+        """Given two that were retired while the broker was down, and one that works again."""
+        gone, back = store.subscribe(), store.subscribe(subscriber="other.note")
+        store.do(subscriptions.retire, [gone.id, back.id])
+        send(broker_pump, Forget([gone, back]))
+        broker_pump._turn()
+        assert forgotten(broker_pump) == []
+
+        store.subscribe(subscriber="other.note")
+        send(broker_pump, Up())
+        broker_pump._turn()
+        broker_pump._turn()
+
+        assert forgotten(broker_pump) == [gone]
 
 
 class TestOutcomes:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 from sqlalchemy import update
 
-from shared.events.audit import Audit, Counting, Lack
+from shared.events.audit import Audit, Counting, Findings, Lack
 from shared.lifecycle import DeliveryStatus
 from shared.providers import Capabilities, SubscriptionStats
 from shared.settings import load_settings
 from shared.store import audit, backlog, subscriptions
 from shared.store.audit import Entry
+from shared.store.why import Provider, why
 from shared.tables import deliveries, messages
 from shared.types import Delivery, Subscription
 from tests.unit.message_log import COMPLETED, FAILED, PENDING, PROCESSING, RETRY, Log, event
@@ -41,6 +43,13 @@ def _set(tx: Any, seqs: list[int], values: dict[str, Any]) -> None:
 def elsewhere(store: Log, *, is_joined: bool = False) -> list[int]:
     found = store.do(lambda tx: audit.elsewhere(tx.connection, is_joined=is_joined))
     return [each.seq for each in found]
+
+
+def reasons(store: Log, made: Delivery) -> list[str]:
+    """Say why a message is where it is, as the log knows it."""
+    provider = Provider("embedded", is_up=True, joins_log=True)
+    found = store.do(lambda tx: why(tx.connection, made.message.id, tx.now, provider))
+    return [each["reason"] for each in found["reasons"]]
 
 
 class TestAccounts:
@@ -171,6 +180,34 @@ class TestOnEmbedded:
         assert store.message(envelope.id).status == COMPLETED
 
 
+class TestOrphans:
+    def test_are_found_and_discarded(self, store: Log, embedded: Audit) -> None:
+        """Given what was added by who did not see yet that its subscription was retired."""
+        mine, other = store.subscribe(), store.subscribe(subscriber="other.note")
+        late, kept = store.append(event())
+        assert (late.subscription_id, kept.subscription_id) == (mine.id, other.id)
+        ready(store, late, kept)
+        store.do(subscriptions.end, [mine.id])
+        found = embedded.look()
+        assert str(found) == "1 open deliveries of retired subscriptions"
+        assert not found.are_none
+        assert reasons(store, late) == ["retired", "next"]
+        embedded.repair(found)
+        assert embedded.look().are_none
+        assert reasons(store, late) == ["discarded", "next"]
+        assert [store.delivery(x.seq).status for x in (late, kept)] == ["discarded", "pending"]
+
+    def test_are_none_when_they_are_discarded_next(
+        self, store: Log, embedded: Audit, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mine = store.subscribe()
+        store.append(event())
+        store.do(subscriptions.end, [mine.id])
+        discard = partial(store.do, subscriptions.discard, [mine.id])
+        monkeypatch.setattr("shared.events.audit.sleep", lambda _: discard())
+        assert embedded.look().are_none
+
+
 class TestOfWhatABrokerLists:
     def test_leaves_who_is_retired_just_now(
         self, store: Log, monkeypatch: pytest.MonkeyPatch
@@ -261,6 +298,13 @@ class TestCounting:
     def test_says_nothing_of_what_others_may_have_taken(self) -> None:
         assert self.ask(Broker(0, is_shared=True)).suspects == set()
         assert self.ask(Broker(0), reliable=False).suspects == set()
+
+    def test_is_no_verdict_on_what_is_left_alone(self) -> None:
+        """Given three queues for which something waits, of which two are not counted."""
+        found = Findings(held={1: 3, 2: None, 3: None})
+        assert found.are_none
+        but = ", but for what waits in 2 queues that are left alone"
+        assert str(found) == f"every delivery is accounted for{but}"
 
     def test_leaves_what_moved_meanwhile(self) -> None:
         answer = Counting(Broker(1, 2), {1: self.KNOWN}, lambda: self.NOW).ask(self.ENTRIES)

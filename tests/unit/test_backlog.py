@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import pytest
 from sqlalchemy import update
 
-from shared.lifecycle import MAX_TAKEOVERS
+from shared.lifecycle import MAX_TAKEOVERS, DeliveryStatus
 from shared.store import adoption, attempts, backlog, log, subscriptions
 from shared.store.log import Handover
 from shared.store.summary import refresh
@@ -238,6 +239,26 @@ class TestFit:
         outcome = Outcome(replace(started.run[0], delivery=stranger.delivery), COMPLETED)
         assert store.record(outcome) == ([], [outcome])
         assert store.record(Outcome(started.run[0], COMPLETED))[1] == []
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"available_at": datetime(2037, 1, 1)},
+            {"ready": True},
+            {"lease_token": 1},
+            {"status": DeliveryStatus.RETRY},
+        ],
+        ids=["waits for its time", "is to be published again", "was handed out", "is tried again"],
+    )
+    def test_what_is_not_as_it_was_stored_is_for_the_log_to_sort_out(
+        self, store: Log, delivery: Delivery, values: dict[str, Any]
+    ) -> None:
+        its = deliveries_table.c.seq == delivery.seq
+        change = update(deliveries_table).where(its).values(**values)
+        store.do(lambda tx: tx.connection.execute(change))
+
+        lease = copy(delivery)
+        assert store.do(attempts.fit, [lease], ()) == ([], [lease])
 
     def test_what_runs_already_is_for_the_log_to_sort_out(
         self, store: Log, delivery: Delivery

@@ -10,7 +10,15 @@ import pytest
 from shared.errors import ProviderUnavailableError
 from shared.events import carrier as module
 from shared.events.carrier import GATHER_SECONDS, RECONNECT_SECONDS, Carrier
-from shared.events.commands import Allow, Allowed, Credit, Declare, Publish, Unpublished
+from shared.events.commands import (
+    Allow,
+    Allowed,
+    Credit,
+    Declare,
+    Forget,
+    Publish,
+    Unpublished,
+)
 from shared.settings import load_settings
 from shared.types import Delivery, Lease, Subscription
 from tests.unit.message_log import event
@@ -110,6 +118,24 @@ def test_queues_that_got_nothing_new_and_are_there_are_joined_again(
     carrier._turn()
 
     provider.rejoin.assert_called_once_with(first)
+
+
+def test_what_cannot_be_forgotten_is_given_back(
+    carrier: Carrier, provider: Any, clock: list[float]
+) -> None:
+    """Given a provider that goes away after the first: meanwhile the other may be wanted again."""
+    first, other = (
+        Subscription("auth_events", "auth_events", "user.registered", f"s{n}.note", id=n)
+        for n in (1, 2)
+    )
+    provider.forget.side_effect = [None, ProviderUnavailableError("away")]
+    carrier.inbox.send(Forget([first, other]))
+    carrier._turn()
+
+    carrier._report.assert_called_with(Forget([other]))  # type: ignore[attr-defined]
+    clock[0] += RECONNECT_SECONDS
+    carrier._turn()
+    assert provider.forget.call_count == 2
 
 
 class TestLimits:

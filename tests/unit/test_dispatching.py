@@ -41,8 +41,8 @@ def call(sqlite_log):
     container = ServiceContainer(Source, dict(sqlite_log))
     container.start()
 
-    def run(method, *args, **kwargs):
-        with entrypoint_hook(container, method, timeout=20) as hook:
+    def run(method, *args, context_data=None, **kwargs):
+        with entrypoint_hook(container, method, context_data, timeout=20) as hook:
             return hook(*args, **kwargs)
 
     yield run
@@ -55,6 +55,24 @@ def stored(config):
         ids = list(connection.execute(select(messages.c.id).order_by(messages.c.id)).scalars())
     engine.dispose()
     return ids
+
+
+def test_of_the_context_what_is_no_json_stays_behind(call, sqlite_log):
+    context = {"language": "de", "connection": object(), "half": "\ud800", "nothing": None}
+
+    call("send", {}, context_data=context)
+    call("send_many", [("thing.happened", {}), ("thing.happened", {})], context_data=context)
+
+    engine = make_reader(database_url(load_settings(sqlite_log)), lambda _: None)
+    with engine.connect() as connection:
+        kept = [
+            json.loads(each) for each in connection.execute(select(messages.c.metadata)).scalars()
+        ]
+    engine.dispose()
+    assert [each["nameko"]["context"]["language"] for each in kept] == ["de"] * 3
+    assert not {"connection", "half", "nothing"} & set().union(
+        *[each["nameko"]["context"] for each in kept]
+    )
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,16 @@ class TestMake:
         assert calls == ["check", "test"]
         assert os.access(ROOT / ".ci/run", os.X_OK)
 
+    def test_says_which_servers_are_not_installed(self, tmp_path: Path) -> None:
+        (tmp_path / "id").write_text("#!/bin/sh\necho 1000\n")
+        (tmp_path / "id").chmod(0o755)
+        done = call("/bin/bash", "tests/support/servers.sh", PATH=str(tmp_path))
+        assert done.returncode == 0
+        named = re.search(r"by Debian's names: (.+?)\. Tests", done.stderr)
+        assert named
+        assert {"redis-server", "chromium"} <= set(named[1].split())
+        assert f"apt install {named[1]}\n" in done.stderr
+
     def test_refuses_a_python_that_does_not_fit(self, tmp_path: Path) -> None:
         done = call("make", "setup", f"VENV={tmp_path / 'venv'}", "PYTHON=no-such-python")
         assert done.returncode == 2

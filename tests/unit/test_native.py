@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from shared.native import Inbox, select, start_natively
+from eventlet.event import Event
+
+from shared.native import Inbox, Mailbox, select, start_natively
+from tests.support.waiting import wait_until
 
 
 class Interrupted(deque[Any]):
@@ -56,3 +59,33 @@ def test_a_native_thread_runs_while_the_hub_is_kept() -> None:
     assert select([inbox.fileno()], [], [], 10)[0]
     assert inbox.take() == ["of the thread"]
     inbox.close()
+
+
+class TestMailbox:
+    def test_has_an_answer_that_waits_hold_up_no_other_for_ever(self) -> None:
+        mailbox, end = Mailbox(), Event()
+        heard: list[str] = []
+        mailbox.open()
+
+        def wait() -> None:
+            end.wait()
+            heard.append("first")
+
+        start_natively(mailbox.answer, wait)
+        wait_until(
+            lambda: mailbox._reader and not mailbox._is_listening, 10, "the first to be called"
+        )
+        start_natively(mailbox.answer, heard.append, "second")
+        wait_until(lambda: mailbox._answers, 10, "the second to be there")
+        end.send()
+        wait_until(lambda: heard == ["first", "second"], 10, lambda: str(heard))
+        start_natively(mailbox.answer, heard.append, "third")
+        wait_until(lambda: heard[2:] == ["third"], 10, lambda: str(heard))
+        mailbox.close()
+
+    def test_hands_out_what_is_left_when_it_is_closed(self) -> None:
+        mailbox, heard = Mailbox(), list[str]()
+        mailbox.open()
+        mailbox.answer(heard.append, "late")
+        mailbox.close()
+        assert heard == ["late"]

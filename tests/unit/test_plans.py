@@ -73,6 +73,7 @@ def statements() -> Iterator[tuple[str, Prepared]]:
         for name, value in vars(module).items():
             if isinstance(value, Prepared):
                 yield f"{module.__name__}.{name}", value
+    yield "embedded._looking_at", embedded._looking_at(2)
 
 
 ALL = dict(statements())

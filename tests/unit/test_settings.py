@@ -233,6 +233,8 @@ GOOD = [
     *(("REDIS_URL", url, url) for url in REDIS_URLS),
     ("REDIS_PREFIX", "shop:eu", "shop:eu"),
     ("RABBITMQ_HOST", "rabbitmq", "rabbitmq"),
+    ("RABBITMQ_HOST", "2001:db8::1", "2001:db8::1"),
+    ("DB_HOST", "db-1.orders_net", "db-1.orders_net"),
     ("RABBITMQ_PORT", "1", 1),
     ("RABBITMQ_USERNAME", "us", "us"),
     ("RABBITMQ_PASSWORD", "", ""),
@@ -356,6 +358,12 @@ BAD = [
     ("REDIS_PREFIX", "", "must be 1 to 100 of"),
     ("REDIS_PREFIX", "{shop}", "must be 1 to 100 of"),
     ("RABBITMQ_HOST", "", "must not be empty"),
+    ("RABBITMQ_HOST", "127.0.0.1:2", "must be the name or the address of a host alone"),
+    ("RABBITMQ_HOST", "amqp://127.0.0.1", "must be the name or the address of a host alone"),
+    ("RABBITMQ_HOST", "[::1", "must be the name or the address of a host alone"),
+    ("REDIS_HOST", "redis://cache", "must be the name or the address of a host alone"),
+    ("DB_HOST", "db:3306", "must be the name or the address of a host alone"),
+    ("DB_HOST", " ", "must be the name or the address of a host alone"),
     ("RABBITMQ_PORT", "amqp", f"{WHOLE} 1 to 65535"),
     ("RABBITMQ_USERNAME", "", "must not be empty"),
     ("RABBITMQ_VHOST", "", "must not be empty"),
@@ -375,7 +383,7 @@ BAD = [
     ("DB_NAME", "", "must not be empty"),
 ]
 
-ANYTHING_GOES = {"REDIS_PASSWORD", "RABBITMQ_PASSWORD", "DB_HOST", "DB_PASSWORD"}
+ANYTHING_GOES = {"REDIS_PASSWORD", "RABBITMQ_PASSWORD", "DB_PASSWORD"}
 
 SECRETS = {
     "QUEUE_ADMIN_TOKENS": SECRET,

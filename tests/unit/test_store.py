@@ -1074,6 +1074,19 @@ class TestRegister:
         assert row.paused_at is not None
 
 
+class TestChanged:
+    def test_are_those_of_another_reliability(self, store: Log) -> None:
+        ours, others = store.subscribe(), store.subscribe(subscriber="other.note")
+        wanted = [replace(ours, reliable=False), others, replace(ours, subscriber="new.note")]
+        assert store.do(subscriptions.changed, wanted) == wanted[:1]
+        assert store.do(subscriptions.changed, [replace(ours, queue="another")]) == []
+
+    def test_are_none_of_the_retired(self, store: Log) -> None:
+        ours = store.subscribe()
+        store.do(subscriptions.retire, [ours.id])
+        assert store.do(subscriptions.changed, [replace(ours, reliable=False)]) == []
+
+
 class TestRetire:
     def test_discards_what_is_open(self, store: Log) -> None:
         ours, theirs = store.subscribe(), store.subscribe(subscriber="other.note")
@@ -1124,6 +1137,48 @@ class TestRetire:
         other.result()
         assert on_mariadb.delivery(waiting.seq).status == "discarded"
         assert on_mariadb.message(done.message.id).status == "completed"
+
+    def test_discards_so_many_at_once(self, store: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(subscriptions, "MOST_AT_ONCE", 2)
+        ours = store.subscribe()
+        for _ in range(3):
+            store.append(event())
+        store.do(subscriptions.end, [ours.id])
+        assert store.append(event()) == []
+        assert store.do(subscriptions.discard, [ours.id]) is True
+        assert [row.status for row in store.rows(deliveries_table)].count("pending") == 1
+        assert store.do(subscriptions.discard, [ours.id]) is False
+        assert {row.status for row in store.rows(deliveries_table)} == {"discarded"}
+
+    def test_discards_nothing_of_what_goes_on(self, store: Log, delivery: Delivery) -> None:
+        assert store.do(subscriptions.discard, [delivery.subscription_id]) is False
+        assert store.delivery(delivery.seq).status == "pending"
+
+    def test_discards_what_is_dispatched_meanwhile(self, on_mariadb: Log) -> None:
+        """Given who saw the subscription before it was retired, and waits for its lock."""
+        ours = on_mariadb.subscribe()
+        with on_mariadb.database.transaction() as tx:
+            subscriptions.end(tx, [ours.id])
+            other = Meanwhile(on_mariadb, lambda each: each.append(event()))
+            other.until_blocked()
+        [late] = other.result()
+        on_mariadb.do(subscriptions.discard, [ours.id])
+        assert on_mariadb.delivery(late.seq).status == "discarded"
+        assert on_mariadb.message(late.message.id).status == "completed"
+
+    def test_waits_for_who_has_yet_to_commit(self, on_mariadb: Log) -> None:
+        """Given who added a delivery after the subscription had ended."""
+        ours, late = on_mariadb.subscribe(), event()
+        on_mariadb.do(subscriptions.end, [ours.id])
+        with on_mariadb.database.transaction() as tx:
+            log.store(tx, [late], 3)
+            log.add_deliveries(tx, [(late, ours.id)])
+            assert log.stored_ids(tx, [late.id])  # what goes before it has been sent then
+            other = Meanwhile(on_mariadb, lambda each: each.do(subscriptions.discard, [ours.id]))
+            other.until_blocked()
+        other.result()
+        [row] = on_mariadb.rows(deliveries_table)
+        assert row.status == "discarded"
 
     def test_twice_keeps_the_first_time(self, store: Log) -> None:
         subscription = store.subscribe()

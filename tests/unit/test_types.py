@@ -150,7 +150,9 @@ class TestName:
 
 class TestMessageId:
     def test_is_a_uuid_of_version_7(self) -> None:
-        made = uuid.UUID(new_message_id())
+        written = new_message_id()
+        made = uuid.UUID(written)
+        assert str(made) == written
         assert (made.version, made.variant) == (7, uuid.RFC_4122)
         assert re.fullmatch(r"[0-9a-f-]{36}", str(made))
 

@@ -310,8 +310,7 @@ class Connection(amqp.Connection):
             return self.on_inbound_frame((kind, channel, data[:_PROPERTIES_AT] + b"\0\0"))
 
     def _fill(self, timeout: float | None = None) -> None:
-        with self.transport.having_timeout(self._left() if timeout is None else timeout):
-            self.transport.fill()
+        self.transport.fill(self._left() if timeout is None else timeout)
         self._read_at = monotonic()
 
     def _left(self) -> float:
@@ -361,9 +360,9 @@ class _Gathering:
         """Send as much as fits, which is something."""
         del self.unsent[: self.sock.send(bytes(self.unsent[:READ_BYTES]))]
 
-    def fill(self) -> None:
+    def fill(self, seconds: float) -> None:
         """Read what has arrived, and wait for something if nothing has."""
-        data = self._quick_recv(READ_BYTES)
+        data = self._received(seconds)
         if not data:
             raise ConnectionError("it closed the connection")
         self._arrived = self._arrived[self._place :] + data
@@ -383,9 +382,16 @@ class _Gathering:
         self._place = end + 1
         return kind, channel, data[place + 7 : end]
 
-    def is_readable(self) -> bool:
-        """Say whether ``fill`` would find something at once."""
-        return bool(wait_ready([self.sock.fileno()], [], [], 0)[0])
+    def is_readable(self, seconds: float = 0.0) -> bool:
+        """Say whether ``fill`` would find something within so many seconds."""
+        return bool(wait_ready([self.sock.fileno()], [], [], seconds)[0])
+
+    def _received(self, seconds: float) -> bytes:
+        # to wait within eventlet's socket would take this thread a hub of its own
+        if not self.is_readable(seconds):
+            raise TimeoutError("timed out")
+        data: bytes = self._quick_recv(READ_BYTES)
+        return data
 
 
 class _TCPTransport(_Gathering, TCPTransport):
@@ -395,8 +401,14 @@ class _TCPTransport(_Gathering, TCPTransport):
 class _TLSTransport(_Gathering, SSLTransport):
     """Such a transport with TLS."""
 
-    def is_readable(self) -> bool:
-        return bool(self.sock.pending()) or super().is_readable()
+    def is_readable(self, seconds: float = 0.0) -> bool:
+        return bool(self.sock.pending()) or super().is_readable(seconds)
+
+    def _received(self, seconds: float) -> bytes:
+        # what is readable may be less than a record
+        with self.having_timeout(seconds):
+            data: bytes = self._quick_recv(READ_BYTES)
+        return data
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,8 @@ def beside(name: str, what: str) -> str:
 
 def delay_levels(seconds: float) -> list[int]:
     """Return the delay queues that a message goes through, in this order, to wait so long."""
+    if seconds <= 0:
+        return []  # as most do
     ticks, levels = math.ceil(round(seconds / TICK_SECONDS, 6)), []
     for level in reversed(range(DELAY_LEVELS)):
         if ticks >= _ticks(level):

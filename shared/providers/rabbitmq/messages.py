@@ -14,6 +14,7 @@ import amqp
 from shared.providers.rabbitmq.layout import LONGEST_NAME_BYTES, OUR_PREFIX
 from shared.tables import OWN_METADATA
 from shared.types import (
+    MAX_JSON_DEPTH,
     Delivery,
     Envelope,
     Priority,
@@ -31,6 +32,8 @@ MOST_METADATA_BYTES = 1 << 16
 
 _OF_A_PLACE = ("x-death", "x-first-death", "x-last-death", "x-delivery-count", "CC", "BCC")
 """Headers that say where a message has been, or is to go; a copy has a way of its own."""
+
+_NO_CONTEXT = (OUR_PREFIX, *_OF_A_PLACE)
 
 _FOR_ONE = ("deliveries", "seq", "attempts", "to", "delay-")
 """What headers of ours begin with that a copy replaces, after their prefix."""
@@ -274,36 +277,51 @@ def _envelope(held: Held, subscription: Subscription, headers: Mapping[str, Any]
 
 
 def _metadata(headers: Mapping[str, Any]) -> dict[str, Any]:
-    made: dict[str, Any] = parsed_object(headers.get(f"{OUR_PREFIX}metadata"))
-    own = _object(made.pop(OWN_METADATA, None))
-    # as nameko takes it: with whatever else there is; but what is no JSON cannot be stored
+    made = _parsed(headers.get(f"{OUR_PREFIX}metadata"))
+    # as nameko takes it: with whatever else there is
     context = {
         key.removeprefix(CONTEXT_PREFIX): value
         for key, value in headers.items()
-        if isinstance(key, str)
-        and not key.startswith((OUR_PREFIX, *_OF_A_PLACE))
-        and _is_json(value)
+        if isinstance(key, str) and not key.startswith(_NO_CONTEXT) and value is not None
     }
+    joined = _joined(made, context)
+    if _is_json(joined):
+        return joined
+    # what is no JSON cannot be stored
+    its = {key: value for key, value in context.items() if _is_json(value)}
+    return _joined(made if _is_json(made) else {}, its)
+
+
+def _joined(made: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata, and with it the context that came in headers of its own."""
+    rest = {key: value for key, value in made.items() if key != OWN_METADATA}
+    own = _object(made.get(OWN_METADATA))
     if context:
         own = {**own, "context": {**_object(own.get("context")), **context}}
-    return {**made, OWN_METADATA: own} if own else made
+    return {**rest, OWN_METADATA: own} if own else rest
 
 
 def _is_json(value: Any) -> bool:
     try:
-        check_json({"": value})
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-    except (TypeError, ValueError):
+        text = _STRICT.encode(value)
+        text.encode()
+        # there may be more of these than are meant, and never less: most have neither
+        if "\\u0000" in text or text.count("[") + text.count("{") >= MAX_JSON_DEPTH:
+            check_json({"": value})
+    except (TypeError, ValueError, RecursionError):
         return False
-    return value is not None
+    return True
 
 
 def parsed_object(text: Any) -> dict[str, Any]:
-    # what others put into our headers breaks nothing
+    """Return an object that is JSON; an empty one, where others sent what is none."""
+    found = _parsed(text)
+    return found if _is_json(found) else {}
+
+
+def _parsed(text: Any) -> dict[str, Any]:
     with contextlib.suppress(ValueError, TypeError, RecursionError):
-        found = json.loads(text)
-        if _is_json(found):
-            return _object(found)
+        return _object(json.loads(text))
     return {}
 
 
@@ -332,5 +350,7 @@ def _to_amqp(priority: Priority) -> int:
 def _from_amqp(value: int) -> Priority:
     return _PRIORITIES.get(value, Priority.NORMAL)
 
+
+_STRICT = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 _PRIORITIES = {_to_amqp(priority): priority for priority in Priority}

@@ -64,6 +64,15 @@ MOST_PUSHED = 100
 REJOIN_SECONDS = 30.0
 """How long a queue counts as bound: what was on its way before comes back as well."""
 
+OFFER_SECONDS = 1.0
+"""After how long what a full queue refused is offered to it again."""
+
+MOST_REFUSED = 1000
+"""Deliveries of one subscription that wait for a full queue; then no more of it is reserved."""
+
+SAY_SECONDS = 60.0
+"""How often it is said that a queue is full."""
+
 LEASE_SHARE = 0.8
 """Of RabbitMQ's own limit, how long a lease may last: the limit is checked once a minute."""
 
@@ -89,12 +98,16 @@ class RabbitMQProvider(QueueProvider):
         self._outlet: Outlet | None = None
         self._mine: dict[int, Subscription] = {}
         self._paused: set[int] = set()
-        # declared by plain nameko, without what we want of a queue
+        # declared before, without what we want of a queue; and those of plain nameko among them
+        self._other: set[int] = set()
         self._plain: set[int] = set()
         # by its name, until when a queue counts as bound
         self._joined: dict[str, float] = {}
         # what RabbitMQ takes at most, once it has refused something larger
         self._most_bytes: float = math.inf
+        # ends of leases that a full queue refused, and when each delivery was to come again
+        self._refused: list[tuple[float, Settlement]] = []
+        self._offer_at = self._say_at = 0.0
         # how many more of each subscription the last reserve had room for
         self._rooms: dict[int, int] = {}
         # what the last reserve was to have none of: it is not to be pushed either
@@ -121,7 +134,7 @@ class RabbitMQProvider(QueueProvider):
                 each.connection.end()
         self._inlet = self._outlet = None
         self._is_pushed = False
-        self._signs = {}
+        self._signs, self._refused = {}, []
 
     def declare(self, subscriptions: Sequence[Subscription]) -> None:
         with self._translated():
@@ -200,12 +213,7 @@ class RabbitMQProvider(QueueProvider):
             inlet, outlet = self._connect()
             if any(each.is_early for each in settlements):
                 outlet.forget_delays()
-            moves, refused = inlet.sort_out(settlements)
-            # first what needs no publishing, which may fail for the time being
-            copied_first = [*moves.retries, *self._to_bury(moves)]
-            inlet.settle(moves.without(copied_first))
-            inlet.settle(self._send_copies(inlet, outlet, moves))
-        return refused
+            return self._settle(inlet, outlet, settlements)
 
     def extend(self, leases: Sequence[Lease], tx: Any = None) -> list[Lease]:
         with self._translated():
@@ -317,7 +325,8 @@ class RabbitMQProvider(QueueProvider):
             inlet, _ = self._connect()
             if inlet.count(queue_name(subscription)) is None:
                 return False
-            return not inlet.declare_queue(subscription, self._layout.arguments(subscription))
+            arguments = self._layout.arguments(subscription)
+            return not inlet.declare_queue(subscription, arguments) and inlet.is_plain(subscription)
 
     # --- connections
 
@@ -428,19 +437,27 @@ class RabbitMQProvider(QueueProvider):
             name, exchange_name(subscription.source), routing_key=subscription.event_type
         )
         if is_ours:
+            self._other.discard(subscription.id)
             self._plain.discard(subscription.id)
-        elif subscription.id not in self._plain:
-            self._plain.add(subscription.id)
-            self.notices.append(
-                f"{name}: declared before, by plain nameko or as another kind of queue, and taken "
-                "as it is, without priorities; queuectl rabbitmq upgrade-queues declares it anew"
-            )
+        elif subscription.id not in self._other:
+            self._take_over(inlet, subscription)
         if is_lasting:
             inlet.declare_lasting(beside(name, "dead"), self._layout.kind())
         inlet.declare_due()
         inlet.scratch.queue_bind(name, DUE_QUEUES, routing_key=name)
         if not is_lasting:
             inlet.anchor(subscription.id, name)
+
+    def _take_over(self, inlet: Inlet, subscription: Subscription) -> None:
+        self._other.add(subscription.id)
+        said = "as another kind of queue or with another reliable_delivery, and taken as it is"
+        if inlet.is_plain(subscription):
+            self._plain.add(subscription.id)
+            said = "by plain nameko, and taken as it is, without priorities"
+        self.notices.append(
+            f"{queue_name(subscription)}: declared before {said}; "
+            "queuectl rabbitmq upgrade-queues declares it anew"
+        )
 
     # --- publishing
 
@@ -509,9 +526,33 @@ class RabbitMQProvider(QueueProvider):
             if publication.source:
                 outlet.bind_due(publication.source)
 
+    def _settle(
+        self, inlet: Inlet, outlet: Outlet, settlements: Sequence[Settlement]
+    ) -> list[Settlement]:
+        """Settle; return what is not held any more."""
+        moves, lost = inlet.sort_out(settlements)
+        # first what needs no publishing, which may fail for the time being
+        copied_first = [*moves.retries, *self._to_bury(moves)]
+        inlet.settle(moves.without(copied_first))
+        inlet.settle(self._send_copies(inlet, outlet, moves))
+        return lost
+
+    def _settle_refused(self, inlet: Inlet, outlet: Outlet) -> None:
+        """Offer a full queue again what it refused; RabbitMQ has the originals meanwhile."""
+        now = monotonic()
+        if not self._refused or now < self._offer_at:
+            return
+        refused, self._refused = self._refused, []
+        try:
+            self._settle(
+                inlet, outlet, [x._replace(delay=max(due - now, 0.0)) for due, x in refused]
+            )
+        except Blocked:
+            self._refused, self._offer_at = refused, now + OFFER_SECONDS
+
     def _to_bury(self, moves: Moves) -> list[tuple[Held, Settlement]]:
-        """Return the dead letters whose queue has no place for them: plain nameko declared it."""
-        return [each for each in moves.dead if each[0].subscription_id in self._plain]
+        """Return the dead letters whose queue may have no place for them: it is not ours."""
+        return [each for each in moves.dead if each[0].subscription_id in self._other]
 
     def _send_copies(
         self, inlet: Inlet, outlet: Outlet, moves: Moves
@@ -526,12 +567,29 @@ class RabbitMQProvider(QueueProvider):
         copies = [self._retried(*each) for each in moves.retries]
         copies += [self._buried(inlet, *each) for each in self._to_bury(moves)]
         self._prepare(outlet, copies)
-        unrouted = {id(copy) for copy in outlet.send(copies)}
-        # for whom there is no queue is not to lose the original as well
-        return [
-            (held, SettleAction.RELEASE if id(copy) in unrouted else SettleAction.ACKNOWLEDGE)
-            for (held, _), copy in zip(originals, copies, strict=True)
-        ]
+        refused: set[int] = set()
+        try:
+            unrouted = {id(copy) for copy in outlet.send(copies)}
+        except FullError as exc:
+            unrouted, refused = set(map(id, exc.unrouted)), set(map(id, exc.refused))
+            self._say_full(exc)
+        done, now = [], monotonic()
+        for (held, settlement), copy in zip(originals, copies, strict=True):
+            if id(copy) in refused:
+                self._refused.append((now + settlement.delay, settlement))
+            elif id(copy) in unrouted:
+                # for whom there is no queue is not to lose the original as well
+                done.append((held, SettleAction.RELEASE))
+            else:
+                done.append((held, SettleAction.ACKNOWLEDGE))
+        return done
+
+    def _say_full(self, exc: FullError) -> None:
+        now = monotonic()
+        self._offer_at = now + OFFER_SECONDS
+        if now >= self._say_at:
+            self._say_at = now + SAY_SECONDS
+            self.notices.append(f"{exc}; what failed is kept in hand until there is room")
 
     def _retried(self, held: Held, settlement: Settlement) -> Publication:
         delivery = settlement.lease.delivery
@@ -558,11 +616,14 @@ class RabbitMQProvider(QueueProvider):
             inlet.disarm()
         while True:
             self._hear()
+            self._settle_refused(inlet, self._outlet)
             self._give_back_unwanted(inlet, hungry)
             if hungry and (self._is_roused or inlet.has_pushed(self._takable)):
                 self._is_pushed, self._is_roused = True, False
                 return True
-            left = min(deadline, *[each.next_beat for each in connections]) - monotonic()
+            beats = [each.next_beat for each in connections]
+            offer_at = self._offer_at if self._refused else math.inf
+            left = min(deadline, offer_at, *beats) - monotonic()
             watched = [interrupt, *[each.fileno() for each in connections]]
             readable, _, _ = wait_ready(watched, [], [], max(left, 0))
             if interrupt in readable:
@@ -619,11 +680,12 @@ class RabbitMQProvider(QueueProvider):
     ) -> dict[int, int]:
         """Return for how many more of each subscription there is room."""
         had = Counter(held.subscription_id for held in found)
+        kept = Counter(each.lease.delivery.subscription_id for _, each in self._refused)
         left = limit - len(found)
         rooms = {
             each: min(most - had[each], left)
             for each, most in limits.items()
-            if each in self._mine and each not in self._paused
+            if each in self._mine and each not in self._paused and kept[each] < MOST_REFUSED
         }
         return {each: room for each, room in rooms.items() if room > 0}
 

@@ -286,18 +286,26 @@ class Inlet(Side):
 
     def declare_queue(self, subscription: Subscription, arguments: Mapping[str, Any]) -> bool:
         """Declare a queue; return False where it was there and had to be taken as it is."""
-        name = queue_name(subscription)
+        if self._is_or_becomes(subscription, arguments):
+            return True
+        self.scratch.queue_declare(queue_name(subscription), passive=True)
+        return False
+
+    def is_plain(self, subscription: Subscription) -> bool:
+        """Say whether a queue that is there is as plain nameko declares it."""
+        return self._is_or_becomes(subscription, {})
+
+    def _is_or_becomes(self, subscription: Subscription, arguments: Mapping[str, Any]) -> bool:
         is_lasting = subscription.reliable
         try:
             self.scratch.queue_declare(
-                name,
+                queue_name(subscription),
                 durable=True,
                 exclusive=subscription.handler_type == "broadcast" and not is_lasting,
                 auto_delete=not is_lasting,
                 arguments=arguments,
             )
         except amqp.PreconditionFailed:
-            self.scratch.queue_declare(name, passive=True)
             return False
         return True
 

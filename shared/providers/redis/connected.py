@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import compress
+from time import monotonic
 from typing import Any
 
 from shared.providers.redis.listener import Listener
@@ -21,6 +23,10 @@ from shared.providers.redis.servers import (
 from shared.providers.redis.wire import Command
 from shared.settings import Settings
 
+IDLE_SECONDS = 0.5
+"""After how long without a command it is looked whether Redis closed the connection; its
+``timeout`` has whole seconds."""
+
 
 class Connected:
     """A mixin: has commands done, and connects for that where it is not connected."""
@@ -28,6 +34,7 @@ class Connected:
     settings: Settings
     _server: Server | None = None
     _listener: Listener | None = None
+    _asked_at = -math.inf
 
     @abstractmethod
     def _channels(self) -> set[str]:
@@ -69,12 +76,24 @@ class Connected:
             return answers
 
     def _connected(self) -> Server:
+        idle, self._asked_at = monotonic() - self._asked_at, monotonic()
+        if self._server is not None and idle > IDLE_SECONDS and self._was_idle(self._server):
+            self._server.close()
+            self._server = None
         if self._server is None:
             self._server = connected(Target.of(self.settings))
             see_that_it_keeps_keys(self._server)
             load_scripts(self._server)
         self._listen(self._server)
         return self._server
+
+    def _was_idle(self, server: Server) -> bool:
+        """Whether Redis closed the connection for want of commands (its ``timeout``).
+
+        One that was restarted has closed the listener's as well, and may have lost something.
+        """
+        is_alone = self._listener is None or self._listener.is_closed()
+        return server.is_closed() and not (is_alone and self._channels())
 
     def _listen(self, server: Server) -> None:
         channels = self._channels()

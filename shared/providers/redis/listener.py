@@ -7,6 +7,7 @@ from time import monotonic
 from typing import Any
 
 from shared.native import select as wait_readable
+from shared.providers.redis.servers import is_closed
 
 PING_SECONDS = 10.0
 """How often a listener that hears nothing asks whether anybody is there."""
@@ -53,6 +54,10 @@ class Listener:
             if interrupt in readable or (left <= 0 and not readable):
                 break
         self._heard.clear()
+
+    def is_closed(self) -> bool:
+        """Say whether Redis has closed the connection."""
+        return is_closed(self._connection)
 
     def close(self) -> None:
         """Close the connection."""

@@ -9,8 +9,9 @@ wait by a hub of that thread's own. Unpatched ones were measured to be no faster
 from __future__ import annotations
 
 import contextlib
+import select
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -18,6 +19,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from shared.errors import ProviderBlockedError, ProviderError, ProviderUnavailableError
+from shared.native import poll
 from shared.providers.redis.wire import Command
 from shared.settings import Settings
 
@@ -26,6 +28,9 @@ CONNECT_SECONDS = 3.0
 
 ANSWER_SECONDS = 5.0
 """How long a script may take: a thousand deliveries take a hundredth of it."""
+
+_HUNG_UP = getattr(select, "POLLRDHUP", 0)
+"""What Linux tells of an end of the other side; elsewhere it is what is always told."""
 
 MOST_REDIRECTIONS = 5
 """How often a cluster may send a script on to another node, before it counts as confused."""
@@ -201,8 +206,17 @@ class Server(ABC):
         """Make another connection, to listen by."""
 
     @abstractmethod
+    def connections(self) -> Iterable[Any]:
+        """Return all connections but the listeners'."""
+
+    def is_closed(self) -> bool:
+        """Say whether Redis has closed one of them."""
+        return any(map(is_closed, self.connections()))
+
     def close(self) -> None:
-        """Close all connections but the listeners'."""
+        """Close them."""
+        for connection in self.connections():
+            connection.disconnect()
 
 
 def connected(target: Target) -> Server:
@@ -228,8 +242,8 @@ class Single(Server):
     def new_connection(self) -> Any:
         return self._target.connect(self._connection.host, self._connection.port)
 
-    def close(self) -> None:
-        self._connection.disconnect()
+    def connections(self) -> Iterable[Any]:
+        return [self._connection]
 
     def _primary(self) -> Any:
         return self._target.connect(*self._target.hosts[0])
@@ -295,9 +309,8 @@ class Cluster(Server):
         connection = next(iter(self._connections.values()))
         return self._target.connect(connection.host, connection.port)
 
-    def close(self) -> None:
-        for connection in self._connections.values():
-            connection.disconnect()
+    def connections(self) -> Iterable[Any]:
+        return self._connections.values()
 
     def _to(self, node: tuple[str, int]) -> Any:
         if node not in self._connections:
@@ -339,6 +352,15 @@ class Cluster(Server):
             else:
                 _, answer = _asked(self._to(node), [("ASKING",), command.args])
         return answer
+
+
+def is_closed(connection: Any) -> bool:
+    """Say whether a connection is closed, also by the server, without a word to that."""
+    if connection._sock is None:
+        return True
+    looking = poll()
+    looking.register(connection._sock.fileno(), _HUNG_UP)
+    return bool(looking.poll(0))
 
 
 def _send(connection: Any, commands: Sequence[tuple[Any, ...]]) -> None:

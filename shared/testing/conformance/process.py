@@ -97,11 +97,19 @@ class _Commands:
 
     def consume(self, batch: int, total: int) -> list[list[int]]:
         """Reserve and acknowledge until ``total`` deliveries are finished, whoever had them;
-        return which this process had, and which of them it was refused."""
+        return which this process had, and which of them it was refused.
+
+        After a first batch it waits until another process has one, too: on a busy machine it
+        may be through with all of them before the other begins."""
         had: list[int] = []
         refused: list[int] = []
+        is_alone = True
         deadline = monotonic() + CONSUME_SECONDS
         while monotonic() < deadline:
+            if had and is_alone:
+                is_alone = self._worker.finished() <= len(had)
+                eventlet.sleep(0.01)
+                continue
             leases = self._worker.reserve(batch)
             had += seqs(leases)
             if leases:

@@ -2,9 +2,15 @@
 
 from shared.events.pump import Pump
 from shared.native import sleep
+from tests.flow.apps.recorder import record
 from tests.flow.apps.tally import Tally
 
-end = Pump._end
+die_by, end = Pump.die_by, Pump._end
+
+
+def die_by_and_tell(self, deadline):
+    die_by(self, deadline)
+    record(what="asked to end")
 
 
 def end_slowly(self):
@@ -13,6 +19,6 @@ def end_slowly(self):
     end(self)
 
 
-Pump._end = end_slowly
+Pump.die_by, Pump._end = die_by_and_tell, end_slowly
 
 __all__ = ["Tally"]
