@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from shared.clock import replaced_utc_now
 from shared.errors import StoreUnavailableError
-from shared.mysql import NativeConnection, connect_natively, connect_plainly
+from shared.mysql import NativeConnection, connect_natively, connect_on_hub, connect_plainly
 from shared.settings import Settings
 
 Sleep = Callable[[float], Any]
@@ -170,9 +171,19 @@ def make_engine(
     return engine
 
 
-def _thread_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
-    """Make the engine of a native thread, whose transactions are short, and end in any case."""
-    engine = make_engine(url, sleep, connect=_connect_with_deadlines, **options)
+def _brief_engine(
+    url: URL, sleep: Sleep, *, connect: Callable[..., Any] = connect_natively, **options: Any
+) -> Engine:
+    """Make the engine of who is waited for: its transactions are short, and end in any case."""
+
+    def connect_with_deadlines(
+        dialect: Any, record: Any, args: Any, options: dict[str, Any]
+    ) -> NativeConnection:
+        deadlines = {"read_timeout": ANSWER_SECONDS, "write_timeout": ANSWER_SECONDS}
+        made: NativeConnection = connect(dialect, record, args, options | deadlines)
+        return made
+
+    engine = make_engine(url, sleep, connect=connect_with_deadlines, **options)
     if engine.dialect.name != "sqlite":
         event.listen(engine, "connect", _end_orphans)
     return engine
@@ -181,13 +192,6 @@ def _thread_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
 def _patient_engine(url: URL, sleep: Sleep, **options: Any) -> Engine:
     """Make the engine of a native thread whose queries may take long."""
     return make_engine(url, sleep, connect=connect_natively, **options)
-
-
-def _connect_with_deadlines(
-    dialect: Any, record: Any, args: Any, options: dict[str, Any]
-) -> NativeConnection:
-    deadlines = {"read_timeout": ANSWER_SECONDS, "write_timeout": ANSWER_SECONDS}
-    return connect_natively(dialect, record, args, options | deadlines)
 
 
 def _end_orphans(connection: Any, _record: Any) -> None:
@@ -271,14 +275,19 @@ def _was_lost(error: BaseException | None, began: float) -> bool:
 
 
 class Database:
-    """The one connection of one native thread, made anew after it was lost.
+    """One connection for who alone uses it, made anew after it was lost: a native thread's.
 
     :param is_patient: nobody who dispatches waits for it, and it may look through all there is.
+    :param is_on_hub: it is for greenthreads of the hub, one at a time.
     """
 
-    def __init__(self, url: URL, sleep: Sleep, *, is_patient: bool = False) -> None:
+    def __init__(
+        self, url: URL, sleep: Sleep, *, is_patient: bool = False, is_on_hub: bool = False
+    ) -> None:
         self._sleep = sleep
-        self._make_engine = _patient_engine if is_patient else _thread_engine
+        self._make_engine = _patient_engine if is_patient else _brief_engine
+        if is_on_hub:
+            self._make_engine = partial(_brief_engine, connect=connect_on_hub)
         self._engine = self._make_engine(url, sleep)
         self._connection: Connection | None = None
         self._is_durable = True

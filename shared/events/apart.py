@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -33,6 +33,7 @@ from shared.events.commands import (
     Declare,
     Declared,
     Detach,
+    Doubt,
     Down,
     Finish,
     Forget,
@@ -61,7 +62,7 @@ from shared.providers import QueueProvider, draining_class
 from shared.store import adoption, attempts, backlog, log, moving, subscriptions
 from shared.store.log import Handover
 from shared.store.summary import refresh
-from shared.types import Delivery, Lease, Outcome, SettleAction, Settlement, Subscription
+from shared.types import Delivery, Envelope, Lease, Outcome, SettleAction, Settlement, Subscription
 
 SWEEP_SECONDS = 10.0
 """How often deliveries are looked for that were in the hands of who died."""
@@ -150,6 +151,16 @@ class ApartTurn(Turn):
         return not others and not any(append.again for append in self.appends)
 
 
+class Opening(NamedTuple):
+    """How the hub may store an event itself.
+
+    :param setbacks: to be published with, as :class:`Publish` says.
+    """
+
+    handover: Handover
+    setbacks: int
+
+
 class ApartPump(Pump):
     """See the module's docstring."""
 
@@ -216,7 +227,10 @@ class ApartPump(Pump):
             Check: self._tell,
             Forget: self._take_forget,
             StopConsuming: self._stop_consuming,
+            Doubt: self._take_doubt,
         }
+        # while it waits: what was published before this is known to the carrier
+        self._is_resting = False
 
     def _make_gate(self) -> ApartGate:
         return ApartGate(self._settings.lease)
@@ -262,7 +276,40 @@ class ApartPump(Pump):
             self._carrier.inbox.ring()
 
     def _wait(self) -> None:
+        self._is_resting = True
         self._mailbox.inbox.wait(max(0.0, self._next_timer() - monotonic()))
+        self._is_resting = False
+
+    # --- the hub's shortcut
+
+    def opening(self, envelope: Envelope) -> Opening | None:
+        """Hub: say how to store this, where this thread would now do nothing but that.
+
+        :returns: ``None`` where it is for this thread to do.
+        """
+        is_at_rest = self._is_resting and self._connected and self._trouble is None
+        if not (is_at_rest and self._is_direct and self._are_wanted([envelope])):
+            return None
+        # MySQL and what has a schedule need more than one round trip
+        is_plain = self._database.engine.dialect.insert_returning and envelope.dedupe is None
+        if not is_plain or envelope.scheduled_at is not None or envelope.delay is not None:
+            return None
+        return Opening(self._handover, self._setbacks)
+
+    def is_unwanted(self, envelope: Envelope) -> None:
+        """Hub: note that no subscription wants this any more."""
+        self._wanted.discard((envelope.queue, envelope.type))
+
+    def publish(self, new: list[Delivery], setbacks: int) -> None:
+        """Have the carrier publish what is stored; from the hub, too."""
+        self._carrier.inbox.send_quietly(Publish(new, setbacks=setbacks))
+        # in this order: it is awake, or will look once more before it sleeps for long
+        if not self._carrier.is_gathering:
+            self._carrier.inbox.ring()
+
+    def _take_doubt(self, doubt: Doubt) -> None:
+        self._say_unreachable(doubt.error)
+        self._fate.resolve([doubt.append], {}, doubt.error)
 
     def _next_timer(self) -> float:
         is_cut_off = self._trouble is not None and not self._connected
@@ -521,7 +568,8 @@ class ApartPump(Pump):
 
     def _all_steps(self, turn: ApartTurn, tx: Transaction) -> None:
         if turn.is_plain:
-            self._store(tx, turn, is_last=self._are_wanted(turn))
+            envelopes = [envelope for append in turn.appends for envelope in append.envelopes]
+            self._store(tx, turn, is_last=self._are_wanted(envelopes))
             return
         self._store(tx, turn)
         again = [x.lease.delivery for x in turn.stored if self._is_again(x)]
@@ -541,9 +589,8 @@ class ApartPump(Pump):
             self._sweep(tx, turn)
         refresh(tx, turn.touched)
 
-    def _are_wanted(self, turn: ApartTurn) -> bool:
+    def _are_wanted(self, envelopes: Sequence[Envelope]) -> bool:
         """Whether no message will have to be finished for want of a subscription, most likely."""
-        envelopes = [envelope for append in turn.appends for envelope in append.envelopes]
         return self._provider.capabilities.fans_out or all(
             (each.queue, each.type) in self._wanted for each in envelopes
         )
@@ -625,10 +672,7 @@ class ApartPump(Pump):
 
     def _publish(self, turn: ApartTurn) -> None:
         if turn.new and self._is_direct:
-            self._carrier.inbox.send_quietly(Publish(turn.new, setbacks=self._setbacks))
-            # in this order: it is awake, or will look once more before it sleeps for long
-            if not self._carrier.is_gathering:
-                self._carrier.inbox.ring()
+            self.publish(turn.new, self._setbacks)
         elif turn.new:
             self._note_alone(turn.new)
         if turn.strays:

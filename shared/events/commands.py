@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from shared.database import Transaction
+from shared.database import CommitUncertainError, Transaction
 from shared.native import Promise
 from shared.providers import QueueProvider
 from shared.types import Delivery, Envelope, Lease, Settlement, Subscription
@@ -21,6 +21,14 @@ class Append:
     envelopes: Sequence[Envelope]
     promise: Promise
     again: bool = False
+
+
+@dataclass(slots=True)
+class Doubt:
+    """Find out whether these are stored: the answer to their COMMIT was lost."""
+
+    append: Append
+    error: CommitUncertainError
 
 
 @dataclass(slots=True)

@@ -46,9 +46,15 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def __add__(self, other: Histogram) -> Histogram:
+        both = Histogram(self.bounds)
+        both.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        both.sum = self.sum + other.sum
+        return both
+
 
 class PumpCounts:
-    """What the pump's thread counts."""
+    """What the pump's thread counts; or the hub, of what it stores itself."""
 
     def __init__(self) -> None:
         self.flush_seconds = Histogram(FLUSH_BOUNDS)
@@ -88,6 +94,7 @@ class ServiceCounts:
     def __init__(self, service: str) -> None:
         self.service = service
         self.pump = PumpCounts()
+        self.shortcut = PumpCounts()
         self.dispatched: Counter[tuple[str, str]] = Counter()
         self.handled: Counter[tuple[int, DeliveryStatus]] = Counter()
         self.handler_seconds: list[tuple[Subscription, Histogram]] = []

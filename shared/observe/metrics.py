@@ -134,8 +134,9 @@ def _pumps(counted: Sequence[ServiceCounts]) -> Iterator[Metric]:
     )
     for each in counted:
         losses.add_metric((each.service,), each.pump.lost_leases)
-        _add_histogram(seconds, (each.service,), each.pump.flush_seconds)
-        _add_histogram(events, (each.service,), each.pump.flush_events)
+        pump, hub = each.pump, each.shortcut
+        _add_histogram(seconds, (each.service,), pump.flush_seconds + hub.flush_seconds)
+        _add_histogram(events, (each.service,), pump.flush_events + hub.flush_events)
     yield from (losses, seconds, events)
 
 
