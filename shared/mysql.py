@@ -25,7 +25,7 @@ from pymysql.constants import CLIENT, COMMAND, CR, FIELD_TYPE, SERVER_STATUS
 from pymysql.converters import escape_string
 from pymysql.err import MySQLError, OperationalError, raise_mysql_exception
 
-from shared.native import socket
+from shared.native import POLLIN, poll, socket
 
 MOST_WAITING_BYTES = 1_000_000
 """How much may travel together; a server takes 16 MB unless it is told otherwise."""
@@ -95,8 +95,8 @@ class _Punctual:
 class NativeConnection(PlainConnection):
     """A connection for one native thread.
 
-    The statements of a COMMIT that fails may have failed before it: then :attr:`was_refused`
-    says that nothing of the transaction is stored.
+    The statements of a COMMIT that fails may have failed before it, or not have been sent: then
+    :attr:`was_refused` says that nothing of the transaction is stored.
     """
 
     _next_seq_id: int
@@ -109,11 +109,8 @@ class NativeConnection(PlainConnection):
         self._waiting: list[str] = []
         self._waiting_bytes = 0
         self._received, self._place = b"", 0
-        # kept by the kernel: for Python's own it is asked before each call whether to make it
-        self._deadlines = {
-            socket.SO_RCVTIMEO: options.pop("read_timeout", None),
-            socket.SO_SNDTIMEO: options.pop("write_timeout", None),
-        }
+        self._answer_seconds: float | None = options.get("read_timeout")
+        self._deadlines = self._taken_deadlines(options)
         flags = options.pop("client_flag", 0) | CLIENT.MULTI_STATEMENTS
         super().__init__(*args, client_flag=flags, **options)
 
@@ -121,9 +118,11 @@ class NativeConnection(PlainConnection):
         self._forget()
         self._received, self._place = b"", 0
         super().connect(sock or self._connected_socket())
+        self._watched = poll()
+        self._watched.register(self._sock.fileno(), POLLIN)
 
     def _create_ssl_ctx(self, options: dict[str, Any]) -> Any:
-        return _Punctual(super()._create_ssl_ctx(options), self._deadlines[socket.SO_RCVTIMEO])
+        return _Punctual(super()._create_ssl_ctx(options), self._answer_seconds)
 
     def later(self, sql: str) -> None:
         """Have a statement executed before the next one; should it fail, that one says so."""
@@ -147,12 +146,13 @@ class NativeConnection(PlainConnection):
 
         The :meth:`commit` that follows has nothing left to do.
         """
+        self._raise_if_gone()
         self.was_refused, self.may_be_committed = False, True
         try:
             self._send(f"{sql};\nCOMMIT")
             rows = self._read_rows()
-        except MySQLError:
-            self._refuse()
+        except MySQLError as exc:
+            self._refuse(exc)
             raise
         self._skip_result()
         self._is_committed = True
@@ -256,15 +256,27 @@ class NativeConnection(PlainConnection):
         self.was_refused = False
         try:
             self._send("COMMIT")
-        except MySQLError:
-            self._refuse()
+        except MySQLError as exc:
+            self._refuse(exc)
             raise
         self._read_query_result()
 
-    def _refuse(self) -> None:
-        """Note that a statement before the COMMIT failed; unless nobody knows what became of it."""
-        if self.open:
+    def _raise_if_gone(self) -> None:
+        """Find out that the server ended the connection, as long as it is sure to get nothing.
+
+        :raises OperationalError: when it did.
+        """
+        if self.open and self._watched.poll(0):
+            self._force_close()
+            raise OperationalError(CR.CR_SERVER_GONE_ERROR, "MySQL server has gone away")
+
+    def _refuse(self, error: MySQLError) -> None:
+        """Note that nothing of the transaction is stored; unless nobody knows what became of it."""
+        # what could not be written to its end is executed by no server
+        is_unsent = error.args[0] == CR.CR_SERVER_GONE_ERROR
+        if self.open or is_unsent:
             self.was_refused, self.may_be_committed = True, False
+        if self.open:
             with contextlib.suppress(MySQLError):
                 self.rollback()
 
@@ -302,26 +314,27 @@ class NativeConnection(PlainConnection):
             raise OperationalError(CR.CR_CONN_HOST_ERROR, where) from exc
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._set_deadlines(made)
-        return made
-
-    def _set_deadlines(self, sock: Any) -> None:
         for option, seconds in self._deadlines.items():
             if seconds is not None:
-                sock.setsockopt(socket.SOL_SOCKET, option, _timeval(seconds))
+                made.setsockopt(socket.SOL_SOCKET, option, _timeval(seconds))
+        return made
+
+    def _taken_deadlines(self, options: dict[str, Any]) -> dict[int, float | None]:
+        """Take what the kernel is to keep: for Python's own it is asked before each call."""
+        return {
+            socket.SO_RCVTIMEO: options.pop("read_timeout", None),
+            socket.SO_SNDTIMEO: options.pop("write_timeout", None),
+        }
 
 
 class HubConnection(NativeConnection):
     """A connection that takes as few round trips, for the hub: others go on while it waits."""
 
-    def _create_ssl_ctx(self, options: dict[str, Any]) -> Any:
-        return PlainConnection._create_ssl_ctx(self, options)
-
     def _open_socket(self) -> Any:
         return green_socket.create_connection((self.host, self.port), self.connect_timeout)
 
-    def _set_deadlines(self, sock: Any) -> None:
-        sock.settimeout(self._deadlines[socket.SO_RCVTIMEO])
+    def _taken_deadlines(self, _options: dict[str, Any]) -> dict[int, float | None]:
+        return {}  # green sockets keep those of pymysql
 
     def _receive_part(self, most: int) -> bytes:
         try:
@@ -330,7 +343,7 @@ class HubConnection(NativeConnection):
             # who held up the hub for that long kept it from seeing what came meanwhile
             self._sock.settimeout(0)
             part = super()._receive_part(most)
-            self._set_deadlines(self._sock)
+            self._sock.settimeout(self._answer_seconds)
             return part
 
 

@@ -22,6 +22,7 @@ from eventlet.event import Event
 
 os = patcher.original("os")
 poll = patcher.original("select").poll
+POLLIN = patcher.original("select").POLLIN
 select = patcher.original("select").select
 sleep = patcher.original("time").sleep
 socket = patcher.original("socket")

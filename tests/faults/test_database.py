@@ -167,12 +167,16 @@ def test_a_frozen_server_holds_up_a_look_for_seconds_only(
     its.close()
 
 
-def test_whose_server_offers_tls_gets_it_and_the_same_deadlines(tls_server, monkeypatch):
+@pytest.mark.parametrize("is_on_hub", [False, True])
+def test_whose_server_offers_tls_gets_it_and_the_same_deadlines(tls_server, monkeypatch, is_on_hub):
     monkeypatch.setattr(database, "ANSWER_SECONDS", 1)
     proxy = Proxy(tls_server.port)
     of_proxy = {**tls_server.create_database().environment, "DB_PORT": str(proxy.port)}
     url = database_url(load_settings(of_proxy))
-    its, cipher = Database(url, sleep), text("SHOW SESSION STATUS LIKE 'Ssl_cipher'")
+    its, cipher = (
+        Database(url, sleep, is_on_hub=is_on_hub),
+        text("SHOW SESSION STATUS LIKE 'Ssl_cipher'"),
+    )
 
     def look(tx: database.Transaction) -> str:
         return str(tx.connection.execute(cipher).one()[1])
@@ -190,7 +194,7 @@ def test_whose_server_offers_tls_gets_it_and_the_same_deadlines(tls_server, monk
         assert looks_in_vain()
     assert "AES" in its.read(look)
     its.close()
-    # the same on the hub
+    # the same for who only reads
     reader = make_reader(url, eventlet.sleep)
     with reader.connect() as connection:
         assert "AES" in connection.execute(cipher).one()[1]
@@ -198,14 +202,15 @@ def test_whose_server_offers_tls_gets_it_and_the_same_deadlines(tls_server, monk
     proxy.close()
 
 
-def test_events_are_delivered_over_tls(tls_server, tmp_path):
-    env = dict(tls_server.create_database().environment)
+@pytest.mark.parametrize("provider", ["embedded", "redis"])
+def test_events_are_delivered_over_tls(request, tls_server, tmp_path, provider):
+    env = {**BACKENDS[provider](request), **tls_server.create_database().environment}
     migrate(env)
     with contextlib.closing(Flow(tmp_path, env)) as flow:
         worker = flow.run(RECORDER)
         ids = flow.send_many([("thing.happened", {"n": n}) for n in range(50)])
         tls_server.restart()
-        ids += flow.send_many([("thing.happened", {"n": n}) for n in range(50, 100)])
+        ids += [flow.send("thing.happened", {"n": n}) for n in range(50, 100)]
         flow.wait_for_counts(completed=100)
         assert len(set(ids)) == 100
         assert worker.process.poll() is None
