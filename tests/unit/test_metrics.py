@@ -109,6 +109,14 @@ class TestProcess:
         assert value(samples, "flush_seconds_count", service="audit") == 1
         assert value(samples, "flush_events_sum", service="audit") == 10
 
+    def test_tells_what_the_pump_and_the_hub_stored_together(self, counts: ServiceCounts) -> None:
+        counts.pump.flushed(0.02, 10)
+        counts.shortcut.flushed(0.002, 1)
+        samples = self.scrape(counts)
+        assert value(samples, "flush_seconds_count", service="audit") == 2
+        assert value(samples, "flush_seconds_bucket", service="audit", le="0.0025") == 1
+        assert value(samples, "flush_events_sum", service="audit") == 11
+
     def test_does_not_count_a_flush_of_nothing(self) -> None:
         pump = PumpCounts()
         pump.flushed(0.002, 0)
