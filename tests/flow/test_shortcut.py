@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import eventlet
 import pytest
@@ -185,16 +187,37 @@ def test_who_is_interrupted_in_the_commit_hears_of_that_and_dispatched_once(
     assert runs(brokered, 1) == runs(brokered, 2) == 1
 
 
-def test_a_connection_that_was_ended_meanwhile_is_made_anew(brokered, its_proxy, caplog):
+def test_who_is_interrupted_before_that_dispatched_nothing(brokered, its_proxy):
+    """While the time is asked for: what comes late is no answer to what is dispatched next."""
     begin(brokered)
-    before = stored_by(brokered)["hub"]
-    its_proxy.cut()
+    total = brokered.stats()["total"]
+    client_of(brokered)._shortcut._database._asked_at = -math.inf
+    with its_proxy.catching(b"UTC_TIMESTAMP", "to_client"):
+        sending = eventlet.spawn(dispatch_of(brokered), "thing.happened", {"n": 1})
+        wait_until(its_proxy.is_holding, 5, "the question")
+        sending.kill()
+        brokered.wait_for_status(brokered.send("thing.happened", {"n": 2}), "completed")
+    brokered.wait_for_status(brokered.send("thing.happened", {"n": 3}), "completed")
+    assert brokered.stats()["total"] == total + 2
+    assert [runs(brokered, n) for n in (1, 2, 3)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("end", [Proxy.cut, Proxy.half_close])
+def test_a_connection_that_was_ended_meanwhile_is_made_anew(brokered, its_proxy, end):
+    """P1: nothing is in doubt, since nothing was sent."""
+    begin(brokered)
+    fate = client_of(brokered)._pump._fate
+    fate.resolve = doubted = Mock(wraps=fate.resolve)
+    connection = client_of(brokered)._shortcut._database._connection
+    end(its_proxy)
+    driver = connection.connection.dbapi_connection
+    wait_until(lambda: driver._watched.poll(0), 5, "the end to arrive")
     ids = [brokered.send("thing.happened", {"n": n}) for n in (1, 2, 3)]
     for message_id in ids:
         brokered.wait_for_status(message_id, "completed")
     wait_until(lambda: is_open(brokered), 5, "the way to be open again")
-    assert stored_by(brokered)["hub"] > before
     assert [runs(brokered, n) for n in (1, 2, 3)] == [1, 1, 1]
+    doubted.assert_not_called()
 
 
 def test_a_database_that_is_away_is_said_as_ever(brokered, its_proxy):
