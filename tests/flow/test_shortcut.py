@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from unittest.mock import Mock
 
 import eventlet
 import pytest
+from eventlet import hubs
 from greenlet import GreenletExit
 from nameko.containers import WorkerContext
 from nameko.testing.utils import get_extension
@@ -21,6 +23,7 @@ from shared.events.client import QueueClient
 from shared.events.dispatcher import Dispatch
 from shared.observe.counts import PumpCounts
 from shared.store import subscriptions
+from shared.types import Delivery
 from tests.faults.proxy import Proxy
 from tests.flow.conftest import BACKENDS, Flow
 from tests.support.waiting import wait_until
@@ -82,6 +85,19 @@ def is_open(flow: Flow) -> bool:
     return stored_by(flow)["hub"] > before
 
 
+@contextlib.contextmanager
+def ending(flow: Flow) -> Iterator[None]:
+    """Wait until the end of the connections to the database arrived, which is to begin within."""
+    client = client_of(flow)
+    both = [each._database._connection for each in (client._shortcut, client._pump)]
+    drivers = [each.connection.dbapi_connection for each in both]
+    yield
+    # one that is closed was used meanwhile
+    wait_until(
+        lambda: all(not each.open or each._watched.poll(0) for each in drivers), 5, "the end"
+    )
+
+
 def runs(flow: Flow, n: int) -> int:
     return len(flow.effects.all(n=n, handler="first", what="ran"))
 
@@ -127,6 +143,15 @@ def test_each_dispatches_in_its_order_whoever_stores_it(brokered):
     begin(brokered, MAX_WORKERS="1")
     before = stored_by(brokered)
     dispatch = dispatch_of(brokered)
+    pump = client_of(brokered)._pump
+    publish, hub = pump.publish, native._thread.get_ident()
+
+    def publish_late(new: list[Delivery], setbacks: int) -> None:
+        if native._thread.get_ident() != hub:
+            native.sleep(0.01)  # who dispatched it knows already that it is stored
+        publish(new, setbacks)
+
+    pump.publish = publish_late
 
     def send(who: int) -> None:
         for n in range(40):
@@ -187,7 +212,8 @@ def test_who_is_interrupted_in_the_commit_hears_of_that_and_dispatched_once(
     assert runs(brokered, 1) == runs(brokered, 2) == 1
 
 
-def test_who_is_interrupted_before_that_dispatched_nothing(brokered, its_proxy):
+@pytest.mark.parametrize("error", [GreenletExit, KeyError])
+def test_who_is_interrupted_before_that_dispatched_nothing(brokered, its_proxy, error):
     """While the time is asked for: what comes late is no answer to what is dispatched next."""
     begin(brokered)
     total = brokered.stats()["total"]
@@ -195,7 +221,7 @@ def test_who_is_interrupted_before_that_dispatched_nothing(brokered, its_proxy):
     with its_proxy.catching(b"UTC_TIMESTAMP", "to_client"):
         sending = eventlet.spawn(dispatch_of(brokered), "thing.happened", {"n": 1})
         wait_until(its_proxy.is_holding, 5, "the question")
-        sending.kill()
+        eventlet.kill(sending, error)
         brokered.wait_for_status(brokered.send("thing.happened", {"n": 2}), "completed")
     brokered.wait_for_status(brokered.send("thing.happened", {"n": 3}), "completed")
     assert brokered.stats()["total"] == total + 2
@@ -208,10 +234,8 @@ def test_a_connection_that_was_ended_meanwhile_is_made_anew(brokered, its_proxy,
     begin(brokered)
     fate = client_of(brokered)._pump._fate
     fate.resolve = doubted = Mock(wraps=fate.resolve)
-    connection = client_of(brokered)._shortcut._database._connection
-    end(its_proxy)
-    driver = connection.connection.dbapi_connection
-    wait_until(lambda: driver._watched.poll(0), 5, "the end to arrive")
+    with ending(brokered):
+        end(its_proxy)
     ids = [brokered.send("thing.happened", {"n": n}) for n in (1, 2, 3)]
     for message_id in ids:
         brokered.wait_for_status(message_id, "completed")
@@ -222,7 +246,9 @@ def test_a_connection_that_was_ended_meanwhile_is_made_anew(brokered, its_proxy,
 
 def test_a_database_that_is_away_is_said_as_ever(brokered, its_proxy):
     begin(brokered)
-    with its_proxy.refusing():
+    with contextlib.ExitStack() as stack:
+        with ending(brokered):
+            stack.enter_context(its_proxy.refusing())
         for n in (1, 2):
             with pytest.raises(DispatchError, match="nothing was stored"):
                 brokered.send("thing.happened", {"n": n})
@@ -252,11 +278,21 @@ def test_whoever_holds_up_the_hub_for_long_is_not_taken_for_the_database(
     its_proxy.cut()  # connections that are made from now on have that deadline
     begin(brokered)
     caplog.clear()
+    signal = native.Signal()
+
+    def hold_up() -> None:
+        # what a hub finds readable it looks after first, and then at deadlines
+        hubs.trampoline(signal.fileno(), read=True)
+        native.sleep(1)
+
     with its_proxy.delayed(0.1):
+        holding_up = eventlet.spawn(hold_up)
         sending = eventlet.spawn(dispatch_of(brokered), "thing.happened", {"n": 1})
         eventlet.sleep(0.05)  # it is on its way
-        native.sleep(1)
+        signal.ring()
+        holding_up.wait()
         message_id = sending.wait()
+    signal.close()
     brokered.wait_for_status(message_id, "completed")
     assert "unreachable" not in caplog.text
 
@@ -276,10 +312,16 @@ def test_what_no_subscription_wants_any_more_is_completed(brokered):
 
 def test_a_stop_waits_for_what_is_on_its_way(brokered, its_proxy):
     begin(brokered)
-    with its_proxy.delayed(0.2):
-        sending = eventlet.spawn(dispatch_of(brokered), "thing.happened", {"n": 1})
-        eventlet.sleep(0.1)
-        brokered.stop_source()
-    message_id = sending.wait()
+    with its_proxy.catching(b"what is caught", "to_client"):
+        sending = eventlet.spawn(dispatch_of(brokered), "thing.happened", CAUGHT)
+        wait_until(its_proxy.is_holding, 5, "the COMMIT")
+        client = client_of(brokered)
+        stopping = eventlet.spawn(brokered.stop_source)
+        wait_until(lambda: client._is_stopped, 5, "the stop")
+        with pytest.raises(eventlet.Timeout), eventlet.Timeout(0.3):
+            stopping.wait()
+    with eventlet.Timeout(10):
+        message_id = sending.wait()
+        stopping.wait()
     # its dispatcher published it: else others would do so after half a minute
     brokered.wait_for_status(message_id, "completed", 5)
