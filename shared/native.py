@@ -91,6 +91,10 @@ class Inbox:
                 taken.append(commands.popleft())
         return taken
 
+    def has_commands(self) -> bool:
+        """Whether there is something that the thread was woken for, and has not taken yet."""
+        return bool(self._commands)
+
     def has_quiet(self) -> bool:
         """Whether there is something that nobody woke the thread for."""
         return bool(self._quiet)

@@ -287,8 +287,10 @@ class ApartPump(Pump):
 
         :returns: ``None`` where it is for this thread to do.
         """
-        is_at_rest = self._is_resting and self._connected and self._trouble is None
-        if not (is_at_rest and self._is_direct and self._are_wanted([envelope])):
+        is_at_rest = self._is_resting and not self._mailbox.inbox.has_commands()
+        is_able = self._connected and self._trouble is None and self._is_direct
+        # a handler may use the processor without a pause: the hub would publish only after that
+        if not (is_at_rest and is_able and not self._active and self._are_wanted([envelope])):
             return None
         # MySQL and what has a schedule need more than one round trip
         is_plain = self._database.engine.dialect.insert_returning and envelope.dedupe is None

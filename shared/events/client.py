@@ -10,6 +10,7 @@ import eventlet
 from eventlet.queue import LightQueue
 from nameko.extensions import SharedExtension
 
+from shared.clock import monotonic
 from shared.database import Transaction, database_url
 from shared.errors import DedupeConflictError, ProviderUnavailableError, SettingsError
 from shared.events.apart import ApartPump
@@ -127,10 +128,11 @@ class QueueClient(SharedExtension):
             self._drain.stop(FINISH_SECONDS)
         if self._endpoint is not None:
             self._endpoint.remove(self.counts)
+        deadline = monotonic() + FINISH_SECONDS
         if self._shortcut is not None:
-            self._shortcut.close()
+            self._shortcut.close(FINISH_SECONDS / 2)
         self._mailbox.send(Finish())
-        if not self._thread.join(FINISH_SECONDS):
+        if not self._thread.join(deadline - monotonic()):
             _log.error("the last outcomes could not be stored in %s s", FINISH_SECONDS)
             return
         self._hander.kill()
@@ -185,10 +187,9 @@ class QueueClient(SharedExtension):
         :raises DispatchUncertainError: when that could not be found out.
         :raises DedupeConflictError: when that one had another fingerprint.
         """
-        is_single = len(envelopes) == 1 and not again
-        if is_single and self._shortcut is not None and self._shortcut.append(envelopes[0]):
+        if self._shortcut is not None and self._shortcut.append(envelopes, again=again):
             self.counts.count_dispatched(envelopes)
-            return [envelopes[0].id]
+            return [envelope.id for envelope in envelopes]
         promise = Promise()
         self._mailbox.send(Append(envelopes, promise, again))
         firsts = promise.wait() or {}

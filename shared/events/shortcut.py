@@ -7,16 +7,21 @@ stores all that gathered together.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic
+from typing import Any
 
 import eventlet
+from eventlet import hubs
 from eventlet.semaphore import Semaphore
+from greenlet import getcurrent, greenlet
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared.database import CommitUncertainError, Database, Transaction, database_url
 from shared.errors import QueueError
-from shared.events.apart import ApartPump
+from shared.events.apart import ApartPump, Opening
 from shared.events.commands import Append, Call, Doubt
 from shared.events.pump import Pump
 from shared.events.unlogged import UnloggedPump
@@ -26,6 +31,49 @@ from shared.settings import Settings
 from shared.store import log
 from shared.store.log import Handover
 from shared.types import Delivery, Envelope
+
+_log = logging.getLogger(__name__)
+
+
+class Aside:
+    """A call in a greenlet of its own: whoever interrupts who waits for it does not interrupt it.
+
+    Unlike a greenthread's it begins at once, and its end takes no turn of the hub.
+    """
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._function = partial(function, *args)
+        self._greenlet = greenlet(self._run, hubs.get_hub().greenlet)
+        self._waiting: Any = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it ended."""
+        return bool(self._greenlet.dead)
+
+    def result(self) -> Any:
+        """Begin, and return what it returns; once only.
+
+        :raises BaseException: what it raises, or what is thrown at who waits: then it goes on.
+        """
+        self._waiting = getcurrent()
+        try:
+            return self._greenlet.switch()
+        except BaseException:
+            self._waiting = None
+            raise
+
+    def _run(self) -> Any:
+        try:
+            return self._function()
+        except BaseException:
+            if self._waiting is not None:
+                raise
+            _log.exception("what nobody waited for any more")
+        finally:
+            # each wait made the hub its parent, which is where it returns to
+            if self._waiting is not None:
+                self._greenlet.parent = self._waiting
 
 
 class Shortcut:
@@ -40,6 +88,8 @@ class Shortcut:
         self._counts = counts
         self._database = Database(database_url(settings), eventlet.sleep, is_on_hub=True)
         self._turn = Semaphore(1)
+        self._is_left = False
+        self._is_closed = False
 
     @classmethod
     def beside(
@@ -53,38 +103,50 @@ class Shortcut:
             return cls(settings, pump, mailbox, counts)
         return None
 
-    def append(self, envelope: Envelope) -> bool:
+    def append(self, envelopes: Sequence[Envelope], *, again: bool) -> bool:
         """Store an event and have it published, unless that is for the pump to do.
 
         :returns: whether it is stored. Otherwise nothing is, and the pump finds out why not.
         :raises DispatchError: when nothing was stored.
         :raises DispatchUncertainError: when that could not be found out.
         """
-        opening = self._pump.opening(envelope)
-        if opening is None or not self._turn.acquire(blocking=False):
+        if self._is_left:
+            # whoever dispatched that was interrupted, and goes on with what must not overtake it
+            with self._turn:
+                pass
+        opening = self._pump.opening(envelopes[0]) if len(envelopes) == 1 and not again else None
+        if opening is None or self._is_closed or not self._turn.acquire(blocking=False):
             return False
+        storing = Aside(self._store, envelopes[0], opening)
+        try:
+            is_stored: bool = storing.result()
+        except BaseException:
+            self._is_left = not storing.is_over
+            raise
+        return is_stored
+
+    def _store(self, envelope: Envelope, opening: Opening) -> bool:
         began = monotonic()
         try:
-            new = self._database.run(partial(self._store, envelope, opening.handover))
+            new = self._database.run(partial(self._step, envelope, opening.handover))
         except CommitUncertainError as exc:
-            doubt = exc
+            promise = Promise()
+            # before anything that is dispatched next
+            self._mailbox.send(Doubt(Append([envelope], promise), exc))
         except (QueueError, SQLAlchemyError):
             self._database.drop_connection()
             return False
-        except BaseException:  # whoever waits was killed, or waited for too long
-            self._database.drop_connection()
-            raise
         else:
             self._counts.flushed(monotonic() - began, 1)
             self._publish(envelope, new, opening.setbacks)
             return True
         finally:
+            self._is_left = False
             self._turn.release()
-        self._find_out(envelope, doubt)
+        promise.wait()
         return True
 
-    def _store(self, envelope: Envelope, handover: Handover, tx: Transaction) -> list[Delivery]:
-        # all in one round trip: whatever is raised during it leaves the COMMIT in doubt
+    def _step(self, envelope: Envelope, handover: Handover, tx: Transaction) -> list[Delivery]:
         return log.append(tx, [envelope], self._limit, handover=handover, is_last=True)
 
     def _publish(self, envelope: Envelope, new: list[Delivery], setbacks: int) -> None:
@@ -94,16 +156,11 @@ class Shortcut:
             self._pump.is_unwanted(envelope)
             self._mailbox.send(Call(partial(_finish, envelope), Promise()))
 
-    def _find_out(self, envelope: Envelope, doubt: CommitUncertainError) -> None:
-        promise = Promise()
-        self._mailbox.send(Doubt(Append([envelope], promise), doubt))
-        if doubt.__cause__ is not None and not isinstance(doubt.__cause__, SQLAlchemyError):
-            raise doubt.__cause__  # it is no answer: whoever waits was killed, or for too long
-        promise.wait()
-
-    def close(self) -> None:
-        """Leave everything to the pump from now on, and wait for what is on its way."""
-        self._turn.acquire()
+    def close(self, seconds: float) -> None:
+        """Leave everything to the pump from now on; wait so long for what is on its way."""
+        self._is_closed = True
+        with eventlet.Timeout(seconds, False):
+            self._turn.acquire()
         self._database.close()
 
 
