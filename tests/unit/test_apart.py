@@ -130,6 +130,70 @@ class TestDispatches:
         assert store.delivery(sent.seq).lease_expires_at is None
 
 
+class TestOpening:
+    """When the hub may store an event itself: nothing else is to be done, or was to be before."""
+
+    @pytest.fixture
+    def resting(self, store: Log) -> Iterator[ApartPump]:
+        provider = Mock(capabilities=Capabilities(fans_out=True))
+        for made in make_pump(store, provider):
+            made._carrier = Mock()
+            send(made, Up())
+            made._turn()
+            while made._has_backlog:
+                made._sweep_at = 0.0
+                made._turn()
+            made._is_resting = True
+            yield made
+
+    def test_is_there_while_the_pump_rests(self, resting: ApartPump) -> None:
+        resting._setbacks = 3
+        opening = resting.opening(event())
+        assert opening is not None
+        assert opening == (FANNED, 3)
+
+    def test_is_not_before_the_pump_knows_of_all_that_was_dispatched(
+        self, resting: ApartPump
+    ) -> None:
+        """Given one that was interrupted: what it dispatches next must not overtake that."""
+        send(resting, Append([event()], Promise()))
+        assert resting.opening(event()) is None
+
+    def test_is_not_beside_a_handler(self, store: Log, resting: ApartPump) -> None:
+        """P8: it may use the processor without a pause, and what is stored would wait for that."""
+        store.subscribe()
+        [delivery] = store.do(log.append, [event()], 3, handover=HANDED)
+        resting._hand_out([Lease(delivery, 1)])
+        assert resting.opening(event()) is None
+        resting._ended(Outcome(Lease(delivery, 1), COMPLETED))
+        assert resting.opening(event()) is not None
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"_is_resting": False},
+            {"_is_up": False},
+            {"_has_backlog": True},
+            {"_connected": False},
+            {"_trouble": "away"},
+        ],
+    )
+    def test_is_not_otherwise(self, resting: ApartPump, change: dict[str, Any]) -> None:
+        for name, value in change.items():
+            setattr(resting, name, value)
+        assert resting.opening(event()) is None
+
+    def test_is_not_for_what_may_have_no_subscription(self, store: Log, pump: ApartPump) -> None:
+        """Given a provider that gets nothing without one: it takes another statement."""
+        pump._is_resting, pump._is_up, pump._has_backlog = True, True, False
+        one = event()
+        assert pump.opening(one) is None
+        pump._wanted.add((one.queue, one.type))
+        assert pump.opening(one) is not None
+        pump.is_unwanted(one)
+        assert pump.opening(one) is None
+
+
 class TestRetired:
     def test_are_forgotten_once_the_provider_is_there_but_for_who_came_back(
         self, store: Log, broker_pump: ApartPump
