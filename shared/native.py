@@ -4,7 +4,8 @@ A handler that burns the processor stops eventlet's hub, and with it every
 greenthread; what has to go on meanwhile (renewing leases, above all) runs in a
 native thread. Such a thread owns its connections alone: any lock made after
 monkey patching is green and must not be contended between threads. So nothing
-is shared but two deques and two pipes, and nothing is logged from there.
+is shared but two deques and two pipes, and nothing is logged from there. (Libraries ask
+for their loggers all the same: see :func:`_share_loggers`.)
 
 The names here are the unpatched ones of the standard library.
 """
@@ -12,6 +13,7 @@ The names here are the unpatched ones of the standard library.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -187,6 +189,7 @@ class Thread:
 
     def start(self) -> None:
         """Start it."""
+        _share_loggers()
         self._thread.start()
 
     def join(self, timeout: float) -> bool:
@@ -205,6 +208,17 @@ class Thread:
             self._target()
         finally:
             self._done.set()
+
+
+def _share_loggers() -> None:
+    """Have logging's own lock native, which whoever asks for a logger takes, in any thread.
+
+    Monkey patching made it green: a thread that waits for it while the hub holds it waits for
+    ever. Nobody holds it for longer than a look into a dict, so the hub may wait for it.
+    """
+    lock = getattr(logging, "_lock", None)
+    if lock is not None and not isinstance(lock, type(_threading.RLock())):
+        logging._lock = _threading.RLock()  # type: ignore[attr-defined]
 
 
 def start_natively(function: Callable[..., None], *args: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import deque
 from typing import Any
 
@@ -89,3 +91,41 @@ class TestMailbox:
         mailbox.answer(heard.append, "late")
         mailbox.close()
         assert heard == ["late"]
+
+
+LOGGERS = """
+import eventlet; eventlet.monkey_patch()
+import logging, os, sys, time
+sys.setswitchinterval(1e-6)
+from shared.native import Thread
+stop = []
+def ask(prefix):
+    for n in range(100):
+        logging.getLogger(f"{prefix}{n}").isEnabledFor(10)
+        logging.getLogger(f"{prefix}{n}")._cache.clear()
+def ask_on():
+    while not stop:
+        ask("thread")
+thread = Thread(ask_on, "asks")
+thread.start()
+end = time.monotonic() + 0.5
+while time.monotonic() < end:
+    ask("hub")
+    eventlet.sleep(0)
+stop.append(1)
+print("ended", thread.join(5), flush=True)
+os._exit(0)
+"""
+"""A thread and the hub that ask for loggers at once, in turns of a microsecond."""
+
+
+def test_a_thread_and_the_hub_may_ask_for_loggers_at_once() -> None:
+    """As alembic and SQLAlchemy do as a service starts: it waited for ever."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOGGERS],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.stdout == "ended True\n", done.stderr
