@@ -20,7 +20,7 @@ from greenlet import getcurrent, greenlet
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared.database import CommitUncertainError, Database, Transaction, database_url
-from shared.errors import QueueError
+from shared.errors import DispatchUncertainError, QueueError
 from shared.events.apart import ApartPump, Opening
 from shared.events.commands import Append, Call, Doubt
 from shared.events.pump import Pump
@@ -90,6 +90,7 @@ class Shortcut:
         self._turn = Semaphore(1)
         self._is_left = False
         self._is_closed = False
+        self._is_over = False
 
     @classmethod
     def beside(
@@ -130,6 +131,8 @@ class Shortcut:
         try:
             new = self._database.run(partial(self._step, envelope, opening.handover))
         except CommitUncertainError as exc:
+            if self._is_over:
+                raise DispatchUncertainError([envelope.id], str(exc)) from exc
             promise = Promise()
             # before anything that is dispatched next
             self._mailbox.send(Doubt(Append([envelope], promise), exc))
@@ -161,6 +164,8 @@ class Shortcut:
         self._is_closed = True
         with eventlet.Timeout(seconds, False):
             self._turn.acquire()
+        # from here on there may be no pump to find anything out
+        self._is_over = True
         self._database.close()
 
 

@@ -17,7 +17,7 @@ from nameko.testing.utils import get_extension
 from shared import database, native
 from shared.database import Database, database_url
 from shared.errors import DispatchError, DispatchUncertainError, HandlerTimeoutError
-from shared.events import EventDispatcher, fate
+from shared.events import EventDispatcher, client, fate
 from shared.events.client import QueueClient
 from shared.events.dispatcher import Dispatch
 from shared.observe.counts import PumpCounts
@@ -87,8 +87,8 @@ def is_open(flow: Flow) -> bool:
 @contextlib.contextmanager
 def ending(flow: Flow) -> Iterator[None]:
     """Wait until the end of the connections to the database arrived, which is to begin within."""
-    client = client_of(flow)
-    both = [each._database._connection for each in (client._shortcut, client._pump)]
+    its_client = client_of(flow)
+    both = [each._database._connection for each in (its_client._shortcut, its_client._pump)]
     drivers = [each.connection.dbapi_connection for each in both]
     yield
     # one that is closed was used meanwhile
@@ -303,7 +303,8 @@ def test_whoever_holds_up_the_hub_for_long_is_not_taken_for_the_database(
     with its_proxy.delayed(0.1):
         holding_up = eventlet.spawn(hold_up)
         sending = eventlet.spawn(dispatch_of(brokered), "thing.happened", {"n": 1})
-        eventlet.sleep(0.05)  # it is on its way
+        taken = client_of(brokered)._shortcut._turn
+        wait_until(lambda: taken.locked() or sending.dead, 5, "the event to be on its way")
         signal.ring()
         holding_up.wait()
         message_id = sending.wait()
@@ -330,9 +331,9 @@ def test_a_stop_waits_for_what_is_on_its_way(brokered, its_proxy):
     with its_proxy.catching(b"what is caught", "to_client"):
         sending = eventlet.spawn(dispatch_of(brokered), "thing.happened", CAUGHT)
         wait_until(its_proxy.is_holding, 5, "the COMMIT")
-        client = client_of(brokered)
+        its_client = client_of(brokered)
         stopping = eventlet.spawn(brokered.stop_source)
-        wait_until(lambda: client._is_stopped, 5, "the stop")
+        wait_until(lambda: its_client._is_stopped, 5, "the stop")
         with pytest.raises(eventlet.Timeout), eventlet.Timeout(0.3):
             stopping.wait()
     with eventlet.Timeout(10):
@@ -340,3 +341,19 @@ def test_a_stop_waits_for_what_is_on_its_way(brokered, its_proxy):
         stopping.wait()
     # its dispatcher published it: else others would do so after half a minute
     brokered.wait_for_status(message_id, "completed", 5)
+
+
+def test_a_stop_does_not_wait_for_ever(brokered, its_proxy, monkeypatch):
+    """Given a database that does not answer: whoever dispatched is told that nobody knows."""
+    monkeypatch.setattr(client, "FINISH_SECONDS", 1)
+    monkeypatch.setattr(database, "ANSWER_SECONDS", 3)
+    its_proxy.cut()  # connections that are made from now on have that deadline
+    begin(brokered)
+    with its_proxy.catching(b"what is caught", "to_client"):
+        sending = eventlet.spawn(dispatch_of(brokered), "thing.happened", CAUGHT)
+        wait_until(its_proxy.is_holding, 5, "the COMMIT")
+        began = time.monotonic()
+        brokered.stop_source()
+        assert time.monotonic() - began < 5
+        with eventlet.Timeout(5), pytest.raises(DispatchUncertainError):
+            sending.wait()
